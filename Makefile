@@ -1,0 +1,61 @@
+# make demo | test | bench | lint | format | clean        PYTHON=python3.12 make ... picks another Python (3.10 or newer)
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+PINS := -c requirements/ci.txt
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' 2>/dev/null)
+
+# With and without a compiler are two different builds, so that installing one is noticed.
+COMPILER := $(shell command -v $(firstword $(CXX)) || command -v c++ || command -v g++ || command -v clang++)
+BUILT := $(VENV)/.built$(if $(COMPILER),,-without-compiler)
+
+# The tools of the environment (ninja, pyright's node) are found first, by setup.py too.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+unexport PYTHONPATH
+
+.PHONY: demo test bench lint format clean help
+help:
+	@sed -n 1p Makefile
+
+demo: $(BUILT)
+	$(VENV)/bin/python examples/digits/train.py
+
+test: $(BUILT) $(VENV)/.tools
+	$(VENV)/bin/python tests/run_lanes.py
+
+bench: $(BUILT) $(VENV)/.tools
+	$(VENV)/bin/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname $(BENCH)
+
+lint: $(VENV)/.tools
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	$(VENV)/bin/pyright --warnings
+
+format: $(VENV)/.tools
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastwrs/_C*.so .hypothesis .ruff_cache examples/digits/out
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+# Three stamps: what a build needs (pinned torch first), the built package with what the demo needs, the tools of tests.
+$(VENV)/.torch: requirements/ci.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fastwrs needs Python 3.10 or newer: PYTHON=python3.x make ..."; exit 1; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment (on Debian: apt-get install python3-venv)"; exit 1; }
+	@echo "installing torch (the first time only) ..."
+	$(PIP) install $(PINS) torch setuptools ninja
+	@touch $@
+
+$(BUILT): $(VENV)/.torch $(SOURCES)
+	@echo "building fastwrs ..."
+	$(PIP) install --no-build-isolation $(PINS) -e '.[examples]'
+	@touch $@
+
+$(VENV)/.tools: requirements/ci.txt pyproject.toml | $(BUILT)
+	@echo "installing the tools for tests ..."
+	$(PIP) install --no-build-isolation $(PINS) -e '.[examples,test,lint]'
+	@touch $@

@@ -1,0 +1,88 @@
+"""The sides of the comparisons: ours, torch fused, and torch fused with the loop that users write after it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from lists import Shape
+
+import fastwrs
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The ratio of two series that were measured in turns: its median over the rounds, and its quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, numerators: list[float], denominators: list[float]) -> Ratio:
+        ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
+        low, median, high = statistics.quantiles(ratios, n=4)
+        return cls(median, low, high)
+
+
+def make_params(shapes: list[Shape], channels_last: bool = False) -> list[torch.nn.Parameter]:
+    """Parameters with gradients. The same seed for both sides, and memory of their own."""
+    seed = torch.Generator().manual_seed(0)
+    params = []
+    for shape in shapes:
+        layout = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
+        weight, grad = (torch.randn(shape, generator=seed).contiguous(memory_format=layout) for _ in range(2))
+        params.append(torch.nn.Parameter(weight))
+        params[-1].grad = grad.mul_(1e-2)
+    return params
+
+
+def groups(params: list[torch.nn.Parameter], axis: str | None) -> list[dict[str, object]]:
+    """Weights with two or more dimensions rescaled and not decayed, the rest decayed: as ``param_groups`` does it."""
+    weights = [p for p in params if p.ndim >= 2]
+    rest = [p for p in params if p.ndim < 2]
+    rescale = fastwrs.Rescale(axis=axis) if axis else None
+    return [{"params": weights, "rescale": rescale, "weight_decay": 0.0}, {"params": rest, "weight_decay": 1e-2}]
+
+
+OPTIONS = {"AdamW": {"lr": 1e-3}, "SGD": {"lr": 1e-3, "momentum": 0.9}}
+BYTES = {"AdamW": 28, "SGD": 20}
+"""Bytes that a step has to move per fp32 element: read parameter, gradient and states, write all but the gradient."""
+
+
+def ours(name: str, params: list[torch.nn.Parameter], axis: str | None = "out") -> Step:
+    """A step of fastwrs, on the cpu backend or not at all."""
+    kind = getattr(fastwrs, name)
+    return kind(groups(params, axis), backend="cpu", **OPTIONS[name]).step
+
+
+def torch_fused(name: str, params: list[torch.nn.Parameter]) -> Step:
+    """A step of torch's fused optimizer, without any rescaling."""
+    return getattr(torch.optim, name)(params, fused=True, weight_decay=1e-2, **OPTIONS[name]).step
+
+
+def torch_fused_and_loop(name: str, params: list[torch.nn.Parameter]) -> Step:
+    """The same, then the loop that users write: each weight's channels divided by their norms."""
+    fused = torch_fused(name, params)
+    weights = [p for p in params if p.ndim >= 2]
+
+    @torch.no_grad()
+    def step() -> None:
+        fused()
+        for weight in weights:
+            weight.div_(torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True))
+
+    return step
+
+
+def timed(step: Step, repeat: int) -> float:
+    """Seconds per step, over ``repeat`` of them."""
+    start = time.perf_counter()
+    for _ in range(repeat):
+        step()
+    return (time.perf_counter() - start) / repeat

@@ -1,0 +1,322 @@
+#include "engine.h"
+
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <mutex>
+
+#include "../rules/all.h"
+#include "worker.h"
+
+namespace fastwrs::cpu {
+namespace {
+
+// Fewer elements than this are not worth waking a second thread.
+constexpr int64_t kSerialLimit = 32768;
+// What an item costs beyond its elements, in elements.
+constexpr int64_t kItemCost = 256;
+// Parcels of work per thread: enough to even out a thread that is held up, few enough to cost nothing.
+constexpr int64_t kParcelsPerThread = 8;
+
+// Scratch that is kept from step to step, so that a step allocates nothing once it is warm.
+template <class P>
+class WorkerPool {
+ public:
+  std::vector<std::unique_ptr<Worker<P>>> take(int count) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<std::unique_ptr<Worker<P>>> taken(count);
+    for (auto& worker : taken) {
+      if (free_.empty()) {
+        worker = std::make_unique<Worker<P>>();
+      } else {
+        worker = std::move(free_.back());
+        free_.pop_back();
+      }
+    }
+    return taken;
+  }
+  void give_back(std::vector<std::unique_ptr<Worker<P>>>& workers) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& worker : workers) free_.push_back(std::move(worker));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Worker<P>>> free_;
+};
+
+// Runs a phase: every item of every tensor once, on all threads, in any order.
+template <class P>
+class Phase {
+  using C = compute_t<P>;
+
+ public:
+  using Body = void (Worker<P>::*)(const Call<P>&, const Work<C>&, int64_t item);
+
+  Phase(const Call<P>& call, const std::vector<Work<C>>& works, Body body) : call_(call), works_(works), body_(body) {}
+
+  void add(int64_t items, int64_t elements) {
+    map_.add(items);
+    elements_.push_back(elements);
+    cost_ += elements + items * kItemCost;
+  }
+
+  void run(std::vector<std::unique_ptr<Worker<P>>>& workers, const Threads& threads) {
+    if (map_.items() == 0) return;
+    workers_ = &workers;
+    const int64_t count = cost_ < kSerialLimit ? 1 : int64_t(workers.size());
+    if (count == 1) return run_items(*workers[0], 0, map_.items());
+    cut_parcels(count * kParcelsPerThread);
+    threads.run(
+        count,
+        [](int64_t i, void* self) {
+          Phase& phase = *static_cast<Phase*>(self);
+          const int64_t last = int64_t(phase.parcels_.size()) - 1;
+          for (int64_t parcel; (parcel = phase.next_.fetch_add(1)) < last;) {
+            phase.run_items(*(*phase.workers_)[i], phase.parcels_[parcel], phase.parcels_[parcel + 1]);
+          }
+        },
+        this);
+  }
+
+ private:
+  // Parcels of about equal cost: bounds in items.
+  void cut_parcels(int64_t count) {
+    const int64_t share = cost_ / count + 1;
+    parcels_.push_back(0);
+    int64_t cost = 0;
+    for (size_t t = 0; t < elements_.size(); ++t) {
+      const int64_t items = map_.first[t + 1] - map_.first[t];
+      if (items == 0) continue;
+      const int64_t item_cost = elements_[t] / items + kItemCost;
+      for (int64_t item = 0; item < items;) {
+        const int64_t taken = std::min(items - item, std::max<int64_t>(1, (share - cost + item_cost - 1) / item_cost));
+        item += taken;
+        cost += taken * item_cost;
+        if (cost >= share) {
+          parcels_.push_back(map_.first[t] + item);
+          cost = 0;
+        }
+      }
+    }
+    if (parcels_.back() != map_.items()) parcels_.push_back(map_.items());
+  }
+
+  void run_items(Worker<P>& worker, int64_t begin, int64_t end) {
+    int64_t tensor = map_.tensor_of(begin);
+    for (int64_t item = begin; item < end; ++item) {
+      while (map_.first[tensor + 1] <= item) ++tensor;
+      (worker.*body_)(call_, works_[tensor], item - map_.first[tensor]);
+    }
+  }
+
+  const Call<P>& call_;
+  const std::vector<Work<C>>& works_;
+  Body body_;
+  BlockMap map_;
+  std::vector<int64_t> elements_, parcels_;
+  int64_t cost_ = 0;
+  std::atomic<int64_t> next_{0};
+  std::vector<std::unique_ptr<Worker<P>>>* workers_ = nullptr;
+};
+
+int64_t groups_of(const TensorView& view) {
+  int64_t groups = 1;
+  for (int d = 0; d < view.dims; ++d) {
+    if (!((view.reduced >> d) & 1)) groups *= view.sizes[d];
+  }
+  return groups;
+}
+
+// A tensor without elements has groups all the same, of norm 0.
+template <class P>
+void conclude_empty(const Call<P>& call, const TensorView& view) {
+  if (view.norm_row < 0) return;
+  const int64_t groups = groups_of(view);
+  if (call.norms) std::fill_n(call.norms + view.norm_row, groups, compute_t<P>(0));
+  for (int64_t i = 0; call.measured && i < groups; ++i) {
+    const float row[8] = {0, 0, 0, 0, 0, 0, 1, 1};
+    std::memcpy(call.measured + 8 * (view.norm_row + i), row, sizeof row);
+  }
+}
+
+template <class P>
+void run_call(Call<P>& call, std::vector<Work<compute_t<P>>>& works, void* workspace, int64_t workspace_bytes,
+              const Threads& threads) {
+  using C = compute_t<P>;
+  static WorkerPool<P> pool;
+  static thread_local std::vector<C> own_workspace;
+
+  call.store = Loops<P>::store(leaves());
+  call.sum = Loops<P>::sum(leaves());
+  Phase<P> first(call, works, &Worker<P>::first_phase), finish(call, works, &Worker<P>::finish),
+      scale(call, works, &Worker<P>::scale);
+  int64_t needed = 0;
+  for (Work<C>& w : works) {
+    TensorPlan& p = w.plan;
+    p.cut();
+    p.workspace = needed;
+    needed += p.workspace_size();
+    const bool two_phases = p.path == TensorPlan::kTwoPhases;
+    const int64_t elements = p.geometry.numel();
+    first.add(p.items, elements);
+    finish.add(two_phases ? p.geometry.units * p.strips : 0, two_phases ? p.sum_size() : 0);
+    scale.add(two_phases && p.scales() && call.writes ? p.items : 0, elements);
+  }
+  // Everything that can fail for want of memory comes before the first write.
+  if (int64_t(needed * sizeof(C)) <= workspace_bytes) {
+    call.workspace = static_cast<C*>(workspace);
+  } else {
+    if (int64_t(own_workspace.size()) < needed) own_workspace.resize(needed);
+    call.workspace = own_workspace.data();
+  }
+  auto workers = pool.take(threads.count);
+  for (auto& worker : workers) worker->reserve(call, works);
+
+  first.run(workers, threads);
+  finish.run(workers, threads);
+  scale.run(workers, threads);
+  for (const Work<C>& w : works) {
+    if (w.plan.geometry.numel() == 0) conclude_empty(call, *w.view);
+  }
+  pool.give_back(workers);
+}
+
+// The rule's scalars of a tensor, as doubles. Tensors of a group at the same step share them.
+struct ScalarCache {
+  const double* record = nullptr;
+  double lr = 0, t = 0;
+  bool first = false;
+  double values[kMaxScalars] = {};
+
+  int fill(int rule, const double* rule_record, double lr_, double t_, bool first_) {
+    int index = 0, count = 0;
+    const bool known = record == rule_record && lr == lr_ && t == t_ && first == first_;
+#define FASTWRS_RULE(Rule)                                                               \
+  if (rule == index++) {                                                                 \
+    using Scalars = Rule::Scalars<double>;                                               \
+    static_assert(sizeof(Scalars) <= sizeof(values), "raise kMaxScalars");               \
+    count = int(sizeof(Scalars) / sizeof(double));                                       \
+    if (!known) {                                                                        \
+      const Scalars scalars = Rule::prepare(rule_record, lr_, t_, first_);               \
+      std::memcpy(values, &scalars, sizeof scalars);                                     \
+    }                                                                                    \
+  }
+    FASTWRS_RULES(FASTWRS_RULE)
+#undef FASTWRS_RULE
+    record = rule_record;
+    lr = lr_;
+    t = t_;
+    first = first_;
+    return count;
+  }
+};
+
+template <class P>
+void step_typed(const StepJob& job, const Threads& threads) {
+  using C = compute_t<P>;
+  Call<P> call;
+  call.update = leaves().update(job.rule, job.slots, job.dtypes.param, job.dtypes.grad, job.dtypes.state);
+  call.dtypes = job.dtypes;
+  call.grad_scale = job.grad_scale;
+  call.measured = job.measured;
+  static thread_local std::vector<Work<C>> works;  // kept, for a long list costs more to allocate than to fill
+  works.assign(job.tensors.size(), Work<C>());
+  std::vector<float> finished(job.tensors.size());
+  ScalarCache scalars;
+  for (size_t i = 0; i < works.size(); ++i) {
+    const TensorStep& s = job.steps[i];
+    Work<C>& w = works[i];
+    const double t = double(*s.step) + 1;
+    finished[i] = float(t);
+    w.view = &job.tensors[i];
+    w.maximize = s.maximize;
+    const int count = scalars.fill(job.rule, s.rule_record, s.lr, t, t == 1 || s.fresh);
+    leaves().cast_scalars(scalars.values, w.scalars, count, job.dtypes.param);
+    if (w.view->reduced != 0) {
+      w.plan.projection = Projection::at(t, s.lr, s.every, s.start, s.stop, s.target, s.rate, s.power);
+    }
+    const bool measure = job.measured && w.view->norm_row >= 0;
+    w.plan.wants[kBefore] = measure || w.plan.projection.shrink;
+    w.plan.wants[kUpdated] = measure || w.plan.projection.rescale;
+    w.plan.wants[kGrad] = w.plan.wants[kUpdate] = measure;
+    w.plan.geometry = geometry_of(*w.view, w.plan.sums());
+  }
+  run_call(call, works, job.workspace, job.workspace_bytes, threads);
+  for (size_t i = 0; i < works.size(); ++i) *job.steps[i].step = finished[i];
+}
+
+template <class P>
+void project_typed(const std::vector<TensorView>& tensors, const double* target, void* norms, const Threads& threads) {
+  using C = compute_t<P>;
+  Call<P> call;
+  call.dtypes.param = DtypeOf<P>::value;
+  call.writes = target != nullptr;
+  call.norms = static_cast<C*>(norms);
+  std::vector<Work<C>> works(tensors.size());
+  for (size_t i = 0; i < works.size(); ++i) {
+    works[i].view = &tensors[i];
+    works[i].plan.projection.rescale = target != nullptr;
+    if (target) works[i].plan.projection.target = *target;
+    works[i].plan.wants[kUpdated] = true;
+    works[i].plan.geometry = geometry_of(tensors[i], true);
+  }
+  run_call(call, works, nullptr, 0, threads);
+}
+
+// Calls body with a value of the C++ type that `dtype` names.
+template <class Body>
+void with_type(Dtype dtype, const Body& body) {
+#define FASTWRS_TYPE(P) \
+  if (dtype == DtypeOf<P>::value) return body(P());
+  FASTWRS_PARAM_DTYPES(FASTWRS_TYPE)
+#undef FASTWRS_TYPE
+}
+
+struct RuleFacts {
+  const char* name;
+  int min_slots, max_slots, hypers;
+};
+#define FASTWRS_RULE(Rule) \
+  {Rule::kName, Rule::kMinSlots, Rule::kMaxSlots, int(sizeof(Rule::kHypers) / sizeof(Rule::kHypers[0]))},
+constexpr RuleFacts kRules[] = {FASTWRS_RULES(FASTWRS_RULE)};
+#undef FASTWRS_RULE
+
+}  // namespace
+
+int rule_index(const char* name) {
+  int index = 0;
+  for (const RuleFacts& rule : kRules) {
+    if (std::strcmp(rule.name, name) == 0) return index;
+    ++index;
+  }
+  return -1;
+}
+
+bool rule_takes_slots(int rule, int64_t slots) {
+  return kRules[rule].min_slots <= slots && slots <= kRules[rule].max_slots;
+}
+
+int64_t rule_hypers(int rule) { return kRules[rule].hypers; }
+
+bool triple_allowed(const Dtypes& d) {
+#define FASTWRS_TRIPLE(P, G, S)                                                                              \
+  if (d.param == DtypeOf<P>::value && d.grad == DtypeOf<G>::value && d.state == DtypeOf<S>::value) return true;
+  FASTWRS_DTYPE_TRIPLES(FASTWRS_TRIPLE)
+#undef FASTWRS_TRIPLE
+  return false;
+}
+
+void step(const StepJob& job, const Threads& threads) {
+  with_type(job.dtypes.param, [&](auto type) { step_typed<decltype(type)>(job, threads); });
+}
+
+void rescale(const std::vector<TensorView>& tensors, Dtype dtype, double target, const Threads& threads) {
+  with_type(dtype, [&](auto type) { project_typed<decltype(type)>(tensors, &target, nullptr, threads); });
+}
+
+void norms(const std::vector<TensorView>& tensors, Dtype dtype, void* out, const Threads& threads) {
+  with_type(dtype, [&](auto type) { project_typed<decltype(type)>(tensors, nullptr, out, threads); });
+}
+
+}  // namespace fastwrs::cpu

@@ -1,0 +1,249 @@
+// Compiled once per instruction set, with -DFASTWRS_ISA=<name> and the flags that go with it. The loops are plain C++
+// for the compiler to vectorise.
+#include "leaves.h"
+
+#include <type_traits>
+
+#include "../rules/all.h"
+
+namespace fastwrs::cpu {
+inline namespace FASTWRS_ISA {
+
+template <class Rule, int kSlots, class P, class G, class S, bool kExtras>
+void update_loop(const UpdateArgs& a) {
+  using C = compute_t<P>;
+  const auto s = *static_cast<const typename Rule::template Scalars<C>*>(a.scalars);
+  const P* __restrict param = static_cast<const P*>(a.param);
+  G* __restrict grad = static_cast<G*>(a.grad);
+  S* __restrict state0 = static_cast<S*>(a.state[0]);
+  S* __restrict state1 = static_cast<S*>(a.state[1]);
+  S* __restrict state2 = static_cast<S*>(a.state[2]);
+  C* __restrict updated = static_cast<C*>(a.updated);
+  C* __restrict step = static_cast<C*>(a.step);
+  const bool unscale = a.grad_scale != 0, wants_step = step != nullptr;
+  const C grad_scale = C(a.grad_scale);
+  const C sign = a.maximize ? C(-1) : C(1);
+  for (int64_t i = 0; i < a.n; ++i) {
+    C w = std::is_same_v<P, C> ? updated[i] : C(widen(param[i]));
+    C g = C(widen(grad[i]));
+    if (kExtras && unscale) {
+      g = g / grad_scale;
+      grad[i] = narrow(g, G());
+    }
+    C state[kMaxSlots] = {};
+    if (kSlots > 0) state[0] = C(widen(state0[i]));
+    if (kSlots > 1) state[1] = C(widen(state1[i]));
+    if (kSlots > 2) state[2] = C(widen(state2[i]));
+    const C u = Rule::template update<kSlots>(w, g * sign, state, s);
+    if (kSlots > 0) state0[i] = narrow(state[0], S());
+    if (kSlots > 1) state1[i] = narrow(state[1], S());
+    if (kSlots > 2) state2[i] = narrow(state[2], S());
+    updated[i] = w;
+    if (kExtras && wants_step) step[i] = u;
+  }
+}
+
+template <class Rule, int kSlots, class P, class G, class S>
+void update(const UpdateArgs& a) {
+  if (a.grad_scale != 0 || a.step != nullptr) {
+    update_loop<Rule, kSlots, P, G, S, true>(a);
+  } else {
+    update_loop<Rule, kSlots, P, G, S, false>(a);
+  }
+}
+
+using Update = void (*)(const UpdateArgs&);
+
+template <class Rule, int kSlots>
+Update find_triple(Dtype param, Dtype grad, Dtype state) {
+#define FASTWRS_TRIPLE(P, G, S)                                                                           \
+  if (param == DtypeOf<P>::value && grad == DtypeOf<G>::value && state == DtypeOf<S>::value) {            \
+    return &update<Rule, kSlots, P, G, S>;                                                                \
+  }
+  FASTWRS_DTYPE_TRIPLES(FASTWRS_TRIPLE)
+#undef FASTWRS_TRIPLE
+  return nullptr;
+}
+
+template <class Rule, int kSlots = Rule::kMinSlots>
+Update find_slots(int slots, Dtype param, Dtype grad, Dtype state) {
+  if (slots == kSlots) return find_triple<Rule, kSlots>(param, grad, state);
+  if constexpr (kSlots < Rule::kMaxSlots) return find_slots<Rule, kSlots + 1>(slots, param, grad, state);
+  return nullptr;
+}
+
+Update find_update(int rule, int slots, Dtype param, Dtype grad, Dtype state) {
+  int index = 0;
+#define FASTWRS_RULE(Rule) \
+  if (rule == index++) return find_slots<Rule>(slots, param, grad, state);
+  FASTWRS_RULES(FASTWRS_RULE)
+#undef FASTWRS_RULE
+  return nullptr;
+}
+
+void cast_scalars(const double* from, void* to, int count, Dtype param) {
+  for (int i = 0; i < count; ++i) {
+    if (param == Dtype::kFloat64) {
+      static_cast<double*>(to)[i] = from[i];
+    } else {
+      static_cast<float*>(to)[i] = float(from[i]);
+    }
+  }
+}
+
+template <class C>
+void start(Accumulator<C>& a) {
+  a.position = a.turns = a.blocks = 0;
+  for (int64_t j = 0; j < a.width; ++j) a.levels[j] = 0;
+}
+
+// Lanes are added 16 at a time where their number allows it, which the compiler would not see by itself.
+template <class C>
+struct Sixteen {
+  typedef C type __attribute__((vector_size(16 * sizeof(C)), aligned(alignof(C)), may_alias));
+};
+
+// The open block becomes part of the cascade: equal numbers of blocks are added to each other, as in binary counting.
+template <class Lane, class C>
+inline void close_block(Accumulator<C>& a) {
+  const int64_t width = a.width * int64_t(sizeof(C)) / int64_t(sizeof(Lane));
+  Lane* __restrict block = reinterpret_cast<Lane*>(a.levels);
+  Lane* __restrict level = block + width;
+  for (int64_t bits = a.blocks; bits & 1; bits >>= 1, level += width) {
+    for (int64_t j = 0; j < width; ++j) block[j] += level[j];
+  }
+  for (int64_t j = 0; j < width; ++j) {
+    level[j] = block[j];
+    block[j] = Lane{};
+  }
+  ++a.blocks;
+  a.turns = 0;
+}
+
+// Whole blocks: the 8 turns of a lane are added as a tree. Returns how many elements that were.
+template <class Lane, bool kSquare, class C>
+inline int64_t add_blocks(Accumulator<C>& a, const C* x, int64_t n) {
+  static_assert(Accumulator<C>::kTurns == 8, "the tree below");
+  const int64_t width = a.width * int64_t(sizeof(C)) / int64_t(sizeof(Lane)), blocks = n / (8 * a.width);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Lane* __restrict turns = reinterpret_cast<const Lane*>(x + block * 8 * a.width);
+    Lane* __restrict lanes = reinterpret_cast<Lane*>(a.levels);
+    for (int64_t j = 0; j < width; ++j) {
+      const auto term = [&](int64_t turn) {
+        const Lane value = turns[turn * width + j];
+        return kSquare ? value * value : value;
+      };
+      lanes[j] = ((term(0) + term(1)) + (term(2) + term(3))) + ((term(4) + term(5)) + (term(6) + term(7)));
+    }
+    close_block<Lane>(a);
+  }
+  return blocks * 8 * a.width;
+}
+
+template <class C, bool kSquare>
+void add(Accumulator<C>& a, const C* __restrict x, int64_t n) {
+  const bool sixteen = a.width % 16 == 0;
+  if (a.position == 0 && a.turns == 0) {
+    const int64_t done =
+        sixteen ? add_blocks<typename Sixteen<C>::type, kSquare>(a, x, n) : add_blocks<C, kSquare>(a, x, n);
+    x += done;
+    n -= done;
+  }
+  while (n > 0) {
+    const int64_t rest = a.width - a.position, m = n < rest ? n : rest;
+    C* __restrict lanes = a.levels + a.position;
+    for (int64_t j = 0; j < m; ++j) lanes[j] += kSquare ? x[j] * x[j] : x[j];
+    x += m;
+    n -= m;
+    a.position += m;
+    if (a.position == a.width) {
+      a.position = 0;
+      if (++a.turns == Accumulator<C>::kTurns) sixteen ? close_block<typename Sixteen<C>::type>(a) : close_block<C>(a);
+    }
+  }
+}
+
+template <class Lane, class C>
+inline void add_levels(Accumulator<C>& a) {
+  const int64_t width = a.width * int64_t(sizeof(C)) / int64_t(sizeof(Lane));
+  Lane* __restrict total = reinterpret_cast<Lane*>(a.levels);
+  const Lane* __restrict level = total + width;
+  for (int64_t bits = a.blocks; bits != 0; bits >>= 1, level += width) {
+    if (!(bits & 1)) continue;
+    for (int64_t j = 0; j < width; ++j) total[j] += level[j];
+  }
+}
+
+// The number of lanes of a column is a power of two: they are halved until one is left, or Lane is too wide for it.
+template <class Lane, class C>
+inline int64_t halve_lanes(C* sums, int64_t count, int64_t cols) {
+  constexpr int64_t kPerLane = sizeof(Lane) / sizeof(C);
+  Lane* total = reinterpret_cast<Lane*>(sums);
+  while (count > cols && count % (2 * kPerLane) == 0) {
+    count /= 2;
+    for (int64_t j = 0; j < count / kPerLane; ++j) total[j] += total[j + count / kPerLane];
+  }
+  return count;
+}
+
+template <class C>
+void finish(Accumulator<C>& a, C* sums) {
+  using Wide = typename Sixteen<C>::type;
+  if (a.width % 16 == 0) {
+    add_levels<Wide>(a);
+  } else {
+    add_levels<C>(a);
+  }
+  const int64_t count = halve_lanes<Wide>(a.levels, a.width, a.cols);
+  halve_lanes<C>(a.levels, count, a.cols);
+  for (int64_t j = 0; j < a.cols; ++j) sums[j] = a.levels[j];
+}
+
+template <class P>
+void widen_run(const P* __restrict x, compute_t<P>* __restrict out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = widen(x[i]);
+}
+
+template <class P>
+void narrow_run(const compute_t<P>* __restrict x, P* __restrict out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = narrow(x[i], P());
+}
+
+template <class P>
+void scale_run(const compute_t<P>* x, P* out, int64_t n, compute_t<P> factor) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) out[i] = narrow(x[i] * factor, P());
+}
+
+template <class P>
+void scale_columns(const compute_t<P>* x, P* out, int64_t n, const compute_t<P>* factors, int64_t cols) {
+  for (int64_t begin = 0; begin < n; begin += cols) {
+    const int64_t m = n - begin < cols ? n - begin : cols;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < m; ++j) out[begin + j] = narrow(x[begin + j] * factors[j], P());
+  }
+}
+
+template <class C>
+SumLeaves<C> sum_leaves() {
+  return {&start<C>, &add<C, true>, &add<C, false>, &finish<C>};
+}
+
+template <class P>
+StoreLeaves<P> store_leaves() {
+  return {&widen_run<P>, &narrow_run<P>, &scale_run<P>, &scale_columns<P>};
+}
+
+#define FASTWRS_STRING(x) #x
+#define FASTWRS_NAME(x) FASTWRS_STRING(x)
+extern const Leaves kLeaves;
+const Leaves kLeaves = {
+    FASTWRS_NAME(FASTWRS_ISA), &find_update,
+    &cast_scalars,             sum_leaves<float>(),
+    sum_leaves<double>(),      store_leaves<float>(),
+    store_leaves<double>(),    store_leaves<bfloat16>(),
+    store_leaves<float16>(),
+};
+
+}  // namespace FASTWRS_ISA
+}  // namespace fastwrs::cpu

@@ -1,0 +1,76 @@
+// How one tensor's work is cut into items that threads take.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../norms/geometry.h"
+#include "../norms/projection.h"
+#include "leaves.h"
+
+namespace fastwrs::cpu {
+
+// Elements that are updated and summed in one go; they stay in the first-level cache.
+constexpr int64_t kRun = 1024, kLongestRun = 4096;
+// Cache lines per array that are asked for ahead of a sum, and again ahead of a scaling.
+constexpr int64_t kAhead = 16;
+// The longest norm unit that is held in the second-level cache between its update and its scaling. Longer ones take two
+// phases. 32,768 elements are 128 KB of weights in fp32, while 256 to 512 KB of other arrays stream past them.
+constexpr int64_t kUnitLimit = 32768;
+// Elements of an item of work, if the tensor has as many.
+constexpr int64_t kItem = 16384;
+// Two phases over columns: an item is a strip of at most so many columns, at least so many rows.
+constexpr int64_t kStrip = 1024, kStripRows = 64;
+
+// Sums of squares that a step needs of each group. The order is that of the partial sums in the workspace.
+enum Sum { kBefore, kUpdated, kGrad, kUpdate, kSums };
+
+struct TensorPlan {
+  enum Path { kElementwise, kOnePass, kTwoPhases };
+
+  Geometry geometry;
+  Projection projection;
+  bool wants[kSums] = {};
+  Path path = kElementwise;
+  int64_t items = 0;           // of the first phase
+  int64_t run = kRun;          // elements that are updated, then summed: whole blocks of the sums where they are not too long
+  int64_t units_per_item = 1;  // one pass
+  int64_t units_per_tile = 1;  // one pass: short units share a tile
+  int64_t strip = 1, strips = 1, rows_per_item = 1, row_items = 1;  // otherwise: an item is [rows, strip] of one unit
+  int64_t workspace = 0;       // offset in elements: first the partial sums, then a factor for each group
+
+  bool sums() const { return wants[kBefore] || wants[kUpdated] || wants[kGrad] || wants[kUpdate]; }
+  bool scales() const { return projection.rescale || projection.shrink; }
+  int64_t sum_size() const { return geometry.units * row_items * geometry.cols; }
+  int64_t workspace_size() const { return path == kTwoPhases ? kSums * sum_size() + geometry.groups() : 0; }
+
+  // The most elements that one thread holds at a time.
+  int64_t tile_size() const {
+    return path == kOnePass ? units_per_tile * geometry.unit_size() : rows_per_item * strip;
+  }
+  // Columns and elements of the longest run of a group set that is summed in one go.
+  int64_t sum_columns() const { return path == kOnePass ? geometry.cols : strip; }
+
+  void cut() {
+    const Geometry& g = geometry;
+    if (g.numel() == 0) return;
+    const int64_t block = Accumulator<float>::width_for(std::min(g.cols, kStrip)) * Accumulator<float>::kTurns;
+    if (block <= kLongestRun) run = std::max(block, kRun / block * block);
+    path = !sums() ? kElementwise : g.unit_size() <= kUnitLimit ? kOnePass : kTwoPhases;
+    if (path == kOnePass) {
+      units_per_tile = std::min(g.units, std::max<int64_t>(1, kRun / g.unit_size()));
+      const int64_t tiles_per_item = std::max<int64_t>(1, kItem / (units_per_tile * g.unit_size()));
+      units_per_item = units_per_tile * tiles_per_item;
+      items = (g.units + units_per_item - 1) / units_per_item;
+      return;
+    }
+    // Few columns stay together, so that an item is one straight run of memory.
+    strip = g.cols <= kStrip ? g.cols : kStrip;
+    strips = (g.cols + strip - 1) / strip;
+    rows_per_item = std::min(g.rows, std::max(g.cols > 64 ? kStripRows : 1, kItem / strip));
+    row_items = (g.rows + rows_per_item - 1) / rows_per_item;
+    items = g.units * row_items * strips;
+  }
+};
+
+}  // namespace fastwrs::cpu

@@ -1,0 +1,424 @@
+// What one thread does with one item of work: gather (only where memory does not read in a straight line), update, sum,
+// scale, scatter. This is the tile loop.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "../core/dtypes.h"
+#include "engine.h"
+#include "leaves.h"
+#include "plan.h"
+
+namespace fastwrs::cpu {
+
+constexpr int kMaxScalars = 16;
+
+// The parts of a run that depend on the type of the parameter.
+template <class P>
+struct Loops;
+template <>
+struct Loops<float> {
+  static const StoreLeaves<float>& store(const Leaves& l) { return l.store_float; }
+  static const SumLeaves<float>& sum(const Leaves& l) { return l.sum_float; }
+};
+template <>
+struct Loops<double> {
+  static const StoreLeaves<double>& store(const Leaves& l) { return l.store_double; }
+  static const SumLeaves<double>& sum(const Leaves& l) { return l.sum_double; }
+};
+template <>
+struct Loops<bfloat16> {
+  static const StoreLeaves<bfloat16>& store(const Leaves& l) { return l.store_bfloat16; }
+  static const SumLeaves<float>& sum(const Leaves& l) { return l.sum_float; }
+};
+template <>
+struct Loops<float16> {
+  static const StoreLeaves<float16>& store(const Leaves& l) { return l.store_float16; }
+  static const SumLeaves<float>& sum(const Leaves& l) { return l.sum_float; }
+};
+
+// One tensor, ready to be worked on.
+template <class C>
+struct Work {
+  TensorPlan plan;
+  const TensorView* view;
+  C scalars[kMaxScalars];
+  bool maximize = false;
+};
+
+// What all tensors of a call have in common.
+template <class P>
+struct Call {
+  using C = compute_t<P>;
+  void (*update)(const UpdateArgs&) = nullptr;  // null: parameters are projected or measured, not updated
+  Dtypes dtypes{};
+  double grad_scale = 0;
+  bool writes = true;         // false: norms are read and nothing else
+  float* measured = nullptr;  // [rows, 8]
+  C* norms = nullptr;         // [rows]
+  C* workspace = nullptr;
+  StoreLeaves<P> store;
+  SumLeaves<C> sum;
+
+  int64_t element_size(int array) const {
+    return size_of(array == 0 ? dtypes.param : array == 1 ? dtypes.grad : dtypes.state);
+  }
+};
+
+// Where the arrays of a run begin.
+struct Cursor {
+  char* array[kMaxArrays];
+};
+
+// The factor that projects a group with these norms, and what is recorded of it.
+template <class C>
+C projection_factor(const Projection& p, C before, C updated) {
+  if (p.rescale) return rescale_factor(updated, p.target);
+  if (p.shrink) return shrink_factor(before, p.lr_rate, p.power);
+  return C(1);
+}
+
+template <class P>
+class Worker {
+  using C = compute_t<P>;
+  static constexpr bool kInPlace = std::is_same_v<P, C>;
+
+ public:
+  // Scratch for the largest of the call's tensors; allocated before anything is written.
+  void reserve(const Call<P>& call, const std::vector<Work<C>>& works) {
+    int64_t tile = 0, sums = 0, storage = 0;
+    bool strided = false;
+    for (const Work<C>& w : works) {
+      const TensorPlan& p = w.plan;
+      if (p.items == 0) continue;
+      tile = std::max(tile, p.tile_size());
+      strided = strided || p.geometry.strided();
+      if (!p.sums()) continue;
+      sums = std::max(sums, p.path == TensorPlan::kOnePass ? p.units_per_tile * p.geometry.cols : p.strip);
+      storage = std::max(storage, Accumulator<C>::storage_for(p.sum_columns(), p.tile_size()));
+      if (p.path == TensorPlan::kTwoPhases) {  // the finish sums the partial sums of a strip
+        storage = std::max(storage, Accumulator<C>::storage_for(p.strip, p.row_items * p.strip));
+      }
+    }
+    staged_.resize(kInPlace ? 0 : tile);
+    for (auto* run : {&updated_, &step_, &grad_}) run->resize(kLongestRun);
+    for (auto& s : sums_) s.resize(sums);
+    for (auto& s : storage_) s.resize(storage);
+    factors_.resize(std::max<int64_t>(sums, 16 * 64));
+    for (int k = 0; k < kMaxArrays; ++k) gathered_[k].resize(strided ? tile * call.element_size(k) : 0);
+  }
+
+  void first_phase(const Call<P>& call, const Work<C>& w, int64_t item) {
+    const TensorPlan& p = w.plan;
+    if (p.path == TensorPlan::kOnePass) {
+      const int64_t end = std::min(p.geometry.units, (item + 1) * p.units_per_item);
+      for (int64_t unit = item * p.units_per_item; unit < end; unit += p.units_per_tile) {
+        const int64_t units = std::min(p.units_per_tile, end - unit);
+        with_run(call, w, unit * p.geometry.unit_size(), units * p.geometry.unit_size(), call.writes,
+                 [&](const Cursor& at) { tile(call, w, at, unit, units); });
+      }
+      return;
+    }
+    const Block b = block(p, item);
+    start_sums(call, p, b.columns, b.rows * b.columns);
+    for_runs(call, w, b, call.writes, [&](const Cursor& at, int64_t n) {
+      for (int64_t i = 0; i < n; i += p.run) {
+        const int64_t m = std::min(p.run, n - i);
+        Cursor run = advance(call, w, at, i);
+        C* updated = kInPlace ? reinterpret_cast<C*>(run.array[0]) : updated_.data();
+        update(call, w, run, m, updated, [&] {
+          if (kInPlace || !call.writes || !call.update) return;
+          // Two phases take the norm of what is stored.
+          call.store.narrow(updated, reinterpret_cast<P*>(run.array[0]), m);
+          if (p.wants[kUpdated]) call.store.widen(reinterpret_cast<P*>(run.array[0]), updated, m);
+        });
+      }
+    });
+    for (int k = 0; k < kSums; ++k) {
+      if (p.wants[k]) std::memcpy(partial(call, p, k, b), sums_[k].data(), b.columns * sizeof(C));
+    }
+  }
+
+  // Second phase: the sums of one strip of one unit are finished in a fixed order and become factors.
+  void finish(const Call<P>& call, const Work<C>& w, int64_t item) {
+    const TensorPlan& p = w.plan;
+    Block b = block(p, item / p.strips * p.row_items * p.strips + item % p.strips);
+    for (int k = 0; k < kSums; ++k) {
+      if (!p.wants[k]) continue;
+      start_sum(call, k, b.columns, p.row_items * b.columns);
+      for (b.row_item = 0; b.row_item < p.row_items; ++b.row_item) {
+        call.sum.add_values(accumulators_[k], partial(call, p, k, b), b.columns);
+      }
+      call.sum.finish(accumulators_[k], sums_[k].data());
+    }
+    const int64_t group = b.unit * p.geometry.cols + b.first_column;
+    conclude(call, w, group, b.columns, 0, factors(call, p) + group);
+  }
+
+  // Third: the factors are applied.
+  void scale(const Call<P>& call, const Work<C>& w, int64_t item) {
+    const TensorPlan& p = w.plan;
+    const Block b = block(p, item);
+    const C* factor = factors(call, p) + b.unit * p.geometry.cols + b.first_column;
+    for_runs(call, w, b, true, [&](const Cursor& at, int64_t n) {
+      P* param = reinterpret_cast<P*>(at.array[0]);
+      const int64_t whole_rows = kRun / b.columns * b.columns;
+      for (int64_t i = 0; i < n; i += whole_rows) {
+        const int64_t m = std::min(whole_rows, n - i);
+        const C* x = reinterpret_cast<const C*>(param + i);
+        if (!kInPlace) {
+          call.store.widen(param + i, updated_.data(), m);
+          x = updated_.data();
+        }
+        apply(call, x, param + i, m, factor, b.columns);
+      }
+    });
+  }
+
+ private:
+  // An item of the two-phase path: rows and columns of one unit.
+  struct Block {
+    int64_t unit, row_item, first_row, rows, first_column, columns;
+  };
+
+  static Block block(const TensorPlan& p, int64_t item) {
+    Block b;
+    const int64_t strip = item % p.strips;
+    b.row_item = item / p.strips % p.row_items;
+    b.unit = item / p.strips / p.row_items;
+    b.first_row = b.row_item * p.rows_per_item;
+    b.rows = std::min(p.rows_per_item, p.geometry.rows - b.first_row);
+    b.first_column = strip * p.strip;
+    b.columns = std::min(p.strip, p.geometry.cols - b.first_column);
+    return b;
+  }
+
+  static C* partial(const Call<P>& call, const TensorPlan& p, int sum, const Block& b) {
+    return call.workspace + p.workspace + sum * p.sum_size() +
+           (b.unit * p.row_items + b.row_item) * p.geometry.cols + b.first_column;
+  }
+  static C* factors(const Call<P>& call, const TensorPlan& p) {
+    return call.workspace + p.workspace + kSums * p.sum_size();
+  }
+
+  static Cursor advance(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t elements) {
+    Cursor to{};
+    for (int k = 0; k < w.view->arrays; ++k) to.array[k] = at.array[k] + elements * call.element_size(k);
+    return to;
+  }
+
+  // Calls body(cursor) with n elements of the walk, from `begin`, in a straight line: in place, or gathered before and
+  // scattered after where memory is strided.
+  template <class Body>
+  void with_run(const Call<P>& call, const Work<C>& w, int64_t begin, int64_t n, bool writes, const Body& body) {
+    const TensorView& view = *w.view;
+    Cursor at{};
+    if (!w.plan.geometry.strided()) {
+      for (int k = 0; k < view.arrays; ++k) {
+        at.array[k] = static_cast<char*>(view.array[k].data) + begin * call.element_size(k);
+      }
+      return body(at);
+    }
+    for (int k = 0; k < view.arrays; ++k) {
+      at.array[k] = gathered_[k].data();
+      move(w, k, call.element_size(k), begin, n, gathered_[k].data(), false);
+    }
+    body(at);
+    for (int k = 0; writes && k < view.arrays; ++k) {
+      if (k == 1 && call.grad_scale == 0) continue;
+      move(w, k, call.element_size(k), begin, n, gathered_[k].data(), true);
+    }
+  }
+
+  // The straight runs of a block: one, unless it is a strip that is narrower than its tensor.
+  template <class Body>
+  void for_runs(const Call<P>& call, const Work<C>& w, const Block& b, bool writes, const Body& body) {
+    const Geometry& g = w.plan.geometry;
+    const int64_t begin = b.unit * g.unit_size() + b.first_row * g.cols + b.first_column;
+    if (b.columns == g.cols) {
+      return with_run(call, w, begin, b.rows * b.columns, writes,
+                      [&](const Cursor& at) { body(at, b.rows * b.columns); });
+    }
+    for (int64_t row = 0; row < b.rows; ++row) {
+      with_run(call, w, begin + row * g.cols, b.columns, writes, [&](const Cursor& at) { body(at, b.columns); });
+    }
+  }
+
+  // Copies n elements of array k between the tensor and `buffer`, in the order of the walk.
+  void move(const Work<C>& w, int k, int64_t size, int64_t begin, int64_t n, char* buffer, bool scatter) {
+    const std::vector<WalkDim>& walk = w.plan.geometry.walk;
+    const WalkDim& inner = walk.back();
+    char* base = static_cast<char*>(w.view->array[k].data);
+    while (n > 0) {
+      int64_t index = begin, offset = 0;
+      for (auto dim = walk.rbegin(); dim != walk.rend(); ++dim) {
+        offset += index % dim->size * dim->stride[k];
+        index /= dim->size;
+      }
+      const int64_t run = std::min(n, inner.size - begin % inner.size), stride = inner.stride[k];
+      char* at = base + offset * size;
+      if (stride == 1) {
+        scatter ? std::memcpy(at, buffer, run * size) : std::memcpy(buffer, at, run * size);
+      } else {
+        for (int64_t i = 0; i < run; ++i) {
+          char* element = at + i * stride * size;
+          scatter ? std::memcpy(element, buffer + i * size, size) : std::memcpy(buffer + i * size, element, size);
+        }
+      }
+      begin += run;
+      n -= run;
+      buffer += run * size;
+    }
+  }
+
+  // Sum k begins with a set of groups: `cols` columns, `elements` in all.
+  void start_sum(const Call<P>& call, int k, int64_t cols, int64_t elements) {
+    Accumulator<C>& a = accumulators_[k];
+    a.cols = cols;
+    a.width = Accumulator<C>::width_for(cols);
+    a.levels = storage_[k].data();
+    group_size_[k] = group_left_[k] = elements;
+    next_sum_[k] = sums_[k].data();
+    call.sum.start(a);
+  }
+  void start_sums(const Call<P>& call, const TensorPlan& p, int64_t cols, int64_t elements) {
+    for (int k = 0; k < kSums; ++k) {
+      if (p.wants[k]) start_sum(call, k, cols, elements);
+    }
+  }
+
+  // Adds a run to sum k; where a set of groups ends inside it, its sums are written and the next set begins.
+  void feed(const Call<P>& call, int k, const C* x, int64_t n) {
+    while (n > 0) {
+      const int64_t m = std::min(n, group_left_[k]);
+      call.sum.add_squares(accumulators_[k], x, m);
+      x += m;
+      n -= m;
+      group_left_[k] -= m;
+      if (group_left_[k] == 0) {
+        call.sum.finish(accumulators_[k], next_sum_[k]);
+        next_sum_[k] += accumulators_[k].cols;
+        group_left_[k] = group_size_[k];
+        call.sum.start(accumulators_[k]);
+      }
+    }
+  }
+
+  // One run through the rule, with the sums that are wanted; `stored` runs between the update and the sum over its result.
+  template <class Stored>
+  void update(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t n, C* updated, const Stored& stored) {
+    const TensorPlan& p = w.plan;
+    const P* param = reinterpret_cast<const P*>(at.array[0]);
+    if (!kInPlace && (p.wants[kBefore] || !call.update)) call.store.widen(param, updated, n);
+    if (p.wants[kBefore]) feed(call, kBefore, kInPlace ? reinterpret_cast<const C*>(param) : updated, n);
+    if (call.update) {
+      UpdateArgs args{};
+      args.param = at.array[0];
+      args.grad = at.array[1];
+      for (int k = 2; k < w.view->arrays; ++k) args.state[k - 2] = at.array[k];
+      args.updated = updated;
+      args.step = p.wants[kUpdate] ? step_.data() : nullptr;
+      args.scalars = w.scalars;
+      args.grad_scale = call.grad_scale;
+      args.maximize = w.maximize;
+      args.n = n;
+      call.update(args);
+      if (p.sums()) prefetch(call, w, at, n, 0, kAhead);
+      if (p.wants[kUpdate]) feed(call, kUpdate, step_.data(), n);
+      if (p.wants[kGrad]) {
+        widen_grad(call, at.array[1], n);
+        feed(call, kGrad, grad_.data(), n);
+      }
+    }
+    stored();
+    if (p.wants[kUpdated]) feed(call, kUpdated, updated, n);
+  }
+
+  // Asks for lines behind this run, so that memory is kept busy while sums are taken and factors applied. It may point
+  // beyond the tensor, which is harmless.
+  static void prefetch(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t n, int64_t first, int64_t last) {
+    for (int k = 0; k < w.view->arrays; ++k) {
+      const char* next = at.array[k] + n * call.element_size(k);
+      for (int64_t line = first; line < last; ++line) __builtin_prefetch(next + 64 * line);
+    }
+  }
+
+  void widen_grad(const Call<P>& call, const void* grad, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      switch (call.dtypes.grad) {
+        case Dtype::kFloat32: grad_[i] = C(static_cast<const float*>(grad)[i]); break;
+        case Dtype::kFloat64: grad_[i] = C(static_cast<const double*>(grad)[i]); break;
+        case Dtype::kBFloat16: grad_[i] = C(widen(static_cast<const bfloat16*>(grad)[i])); break;
+        case Dtype::kFloat16: grad_[i] = C(widen(static_cast<const float16*>(grad)[i])); break;
+      }
+    }
+  }
+
+  // Whole units that fit the cache together: updated, summed and scaled before the next ones are read.
+  void tile(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t unit, int64_t units) {
+    const TensorPlan& p = w.plan;
+    const int64_t size = p.geometry.unit_size(), cols = p.geometry.cols, n = units * size;
+    P* param = reinterpret_cast<P*>(at.array[0]);
+    C* updated = kInPlace ? reinterpret_cast<C*>(param) : staged_.data();
+    start_sums(call, p, cols, size);
+    for (int64_t i = 0; i < n; i += p.run) {
+      update(call, w, advance(call, w, at, i), std::min(p.run, n - i), updated + i, [] {});
+    }
+    if (p.scales()) prefetch(call, w, at, n, kAhead, 2 * kAhead);
+    for (int64_t u = 0; u < units; ++u) {
+      conclude(call, w, (unit + u) * cols, cols, u * cols, factors_.data());
+      if (!call.writes) continue;
+      if (p.scales()) {
+        apply(call, updated + u * size, param + u * size, size, factors_.data(), cols);
+      } else if (!kInPlace) {
+        call.store.narrow(updated + u * size, param + u * size, size);
+      }
+    }
+  }
+
+  // Turns the sums of `count` groups, from the place `group` of the walk, into factors, and records what is asked for.
+  void conclude(const Call<P>& call, const Work<C>& w, int64_t group, int64_t count, int64_t first_sum, C* factor) {
+    const TensorPlan& p = w.plan;
+    for (int64_t j = 0; j < count; ++j) {
+      C norm[kSums];
+      for (int k = 0; k < kSums; ++k) norm[k] = p.wants[k] ? square_root(sums_[k][first_sum + j]) : C(0);
+      factor[j] = projection_factor(p.projection, norm[kBefore], norm[kUpdated]);
+      if (call.norms) call.norms[w.view->norm_row + p.geometry.norm_row(group + j)] = norm[kUpdated];
+      if (call.measured && w.view->norm_row >= 0) {
+        float* row = call.measured + 8 * (w.view->norm_row + p.geometry.norm_row(group + j));
+        row[0] = float(norm[kBefore]);
+        row[1] = float(norm[kUpdated]);
+        row[2] = float(norm[kUpdated] * factor[j]);
+        row[3] = float(norm[kGrad]);
+        row[4] = float(norm[kUpdate]);
+        row[5] = float(norm[kUpdate] / norm[kBefore]);
+        row[6] = p.projection.rescale ? float(factor[j]) : 1.0f;
+        row[7] = p.projection.shrink ? float(factor[j]) : 1.0f;
+      }
+    }
+  }
+
+  // param = x * factor, one factor per column.
+  void apply(const Call<P>& call, const C* x, P* param, int64_t n, const C* factor, int64_t cols) {
+    if (cols == 1) return call.store.scale(x, param, n, factor[0]);
+    if (cols > 64) return call.store.scale_columns(x, param, n, factor, cols);
+    // A short pattern is repeated, so that whole vectors are multiplied.
+    const int64_t period = std::min<int64_t>(16 * cols, n);
+    std::memcpy(pattern_, factor, std::min(cols, period) * sizeof(C));
+    for (int64_t filled = cols; filled < period; filled *= 2) {
+      std::memcpy(pattern_ + filled, pattern_, std::min(filled, period - filled) * sizeof(C));
+    }
+    call.store.scale_columns(x, param, n, pattern_, period);
+  }
+
+  // staged_: a tile of updated weights that are not stored in the type they are computed in. updated_, step_, grad_: a run.
+  std::vector<C> staged_, updated_, step_, grad_, sums_[kSums], storage_[kSums], factors_;
+  std::vector<char> gathered_[kMaxArrays];
+  C pattern_[16 * 64];
+  Accumulator<C> accumulators_[kSums];
+  int64_t group_size_[kSums], group_left_[kSums];
+  C* next_sum_[kSums];
+};
+
+}  // namespace fastwrs::cpu

@@ -1,0 +1,58 @@
+// Adam and AdamW, which differ in where weight decay enters. torch.optim.Adam, AdamW; Kingma and Ba, ICLR 2015;
+// Loshchilov and Hutter, ICLR 2019; AMSGrad: Reddi et al., ICLR 2018.
+//   g <- g + weight_decay * w                  (Adam)        w <- w * (1 - lr * weight_decay)     (AdamW)
+//   m <- m + (1 - beta1) * (g - m)             v <- beta2 * v + (1 - beta2) * g^2
+//   u = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps);   w <- w - lr * u       (amsgrad: the largest v so far)
+#pragma once
+
+#include <cmath>
+
+#include "../core/host_device.h"
+#include "../core/numeric.h"
+
+FASTWRS_BEGIN
+
+struct Adam {
+  static constexpr const char* kName = "adam";
+  static constexpr const char* kHypers[] = {"beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay"};
+  static constexpr const char* kSlots[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+  static constexpr int kMinSlots = 2, kMaxSlots = 3;
+  enum { kBeta1, kBeta2, kEps, kWeightDecay, kDecoupled };
+
+  template <class T>
+  struct Scalars {
+    T coupled_decay, keep, one_minus_beta1, beta2, one_minus_beta2, eps;
+    T step_size, inverse_correction1, inverse_root_correction2;
+  };
+
+  static Scalars<double> prepare(const double* h, double lr, double t, bool /*first*/) {
+    const double correction1 = 1 - std::pow(h[kBeta1], t);
+    const double correction2 = 1 - std::pow(h[kBeta2], t);
+    const bool decoupled = h[kDecoupled] != 0;
+    return {decoupled ? 0 : h[kWeightDecay],
+            decoupled ? 1 - lr * h[kWeightDecay] : 1,
+            1 - h[kBeta1],
+            h[kBeta2],
+            1 - h[kBeta2],
+            h[kEps],
+            lr / correction1,
+            1 / correction1,
+            1 / std::sqrt(correction2)};
+  }
+
+  template <int kSlotCount, class T>
+  static FASTWRS_HD T update(T& w, T g, T* state, const Scalars<T>& s) {
+    g = s.coupled_decay != 0 ? g + s.coupled_decay * w : g;
+    const T m = state[0] + s.one_minus_beta1 * (g - state[0]);
+    const T v = s.beta2 * state[1] + s.one_minus_beta2 * g * g;
+    state[0] = m;
+    state[1] = v;
+    T largest = v;
+    if (kSlotCount == 3) state[2] = largest = maximum(state[2], v);
+    const T quotient = m / (square_root(largest) * s.inverse_root_correction2 + s.eps);
+    w = w * s.keep - s.step_size * quotient;
+    return quotient * s.inverse_correction1;
+  }
+};
+
+FASTWRS_END

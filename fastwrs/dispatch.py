@@ -1,0 +1,90 @@
+"""Which backend runs a launch, and why the others do not.
+
+Each backend is a module of ``fastwrs.backends`` that answers ``why_not``. Everything that the optimizers launch goes
+through :func:`launch`, so that a test or a benchmark can put a stub there and look at the host side alone.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol, cast
+
+from torch import Tensor
+
+# Imported here and at once, so that the name `fastwrs.backends` is free for the function of the public API afterwards.
+from fastwrs.backends import cpu, reference
+from fastwrs.plan import StepCall, Triple
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+"""All backends, in the order in which ``backend="auto"`` tries them."""
+ENVIRONMENT = "FASTWRS_BACKEND"
+_ABSENT = "not part of this version of fastwrs"
+
+
+class Backend(Protocol):
+    """What every module in ``fastwrs.backends`` provides."""
+
+    NAME: str
+
+    def why_not(self, device_type: str | None = None, dtypes: Triple | None = None) -> str | None:
+        """Why it cannot run at all, or not on these; None if it can."""
+        ...
+
+    def step(self, call: StepCall, dry_run: bool = False) -> None:
+        """One step of the tensors in the call; raises before it writes anything, or not at all."""
+        ...
+
+    def rescale_(self, tensors: list[Tensor], axes: list[int], target: float) -> None:
+        """Projects tensors of one device and dtype in place."""
+        ...
+
+    def channel_norms(self, tensors: list[Tensor], axes: list[int], out: list[Tensor]) -> None:
+        """Writes the norms of tensors of one device and dtype into ``out``."""
+        ...
+
+
+_MODULES = {name: cast(Backend, module) for name, module in (("cpu", cpu), ("reference", reference))}
+
+
+def why_not(name: str, device_type: str | None = None, dtypes: Triple | None = None) -> str | None:
+    """Why the backend cannot run (on this device and these dtypes), or None if it can."""
+    module = _MODULES.get(name)
+    return _ABSENT if module is None else module.why_not(device_type, dtypes)
+
+
+def backends() -> dict[str, str | None]:
+    """All backends by name, with None if they can run here, or the reason why they cannot."""
+    return {name: why_not(name) for name in BACKENDS}
+
+
+def check(name: str) -> None:
+    """Refuses a backend that does not exist, or that was asked for by name and cannot run here."""
+    choose(name)
+
+
+def choose(name: str = "auto", device_type: str | None = None, dtypes: Triple | None = None) -> Backend:
+    """The backend called ``name``, or for ``"auto"`` the first that can run on this device and these dtypes.
+
+    The environment variable ``FASTWRS_BACKEND`` stands in for ``"auto"``.
+
+    Raises:
+        ValueError: there is no backend of this name.
+        RuntimeError: it cannot run; the message gives its reason.
+    """
+    given = f"backend={name!r}"
+    if name == "auto":
+        name = os.environ.get(ENVIRONMENT) or "auto"
+        given = f"{ENVIRONMENT}={name}"
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"{given}: no such backend; allowed: 'auto', {', '.join(map(repr, BACKENDS))}")
+    reasons = {}
+    for candidate in BACKENDS if name == "auto" else (name,):
+        reasons[candidate] = why_not(candidate, device_type, dtypes)
+        if reasons[candidate] is None:
+            return _MODULES[candidate]
+    raise RuntimeError(f"{given} cannot run: {'; '.join(f'{n}: {reason}' for n, reason in reasons.items())}")
+
+
+def launch(backend: Backend, call: StepCall, dry_run: bool = False) -> None:
+    """The seam between plan and kernel."""
+    backend.step(call, dry_run)

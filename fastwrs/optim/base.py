@@ -1,0 +1,217 @@
+"""What all optimizers share: the step, the checks before it, GradScaler support, checkpoints and pickling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
+
+from fastwrs import dispatch
+from fastwrs.optim import checkpoint
+from fastwrs.optim.records import Records, on, read
+from fastwrs.options import Rescale, Shrink, common_axis
+from fastwrs.plan import Bundle, Plan, StepCall, Triple, build, checked_mask, label, state_dtype_for
+from fastwrs.spec import Rule
+
+Launches = list[tuple[Bundle, StepCall]]
+
+
+class FusedOptimizer(Optimizer):
+    """The base of all fastwrs optimizers. A subclass names its rule and gives its hyperparameters."""
+
+    rule: ClassVar[Rule]
+    _step_supports_amp_scaling = True  # GradScaler then hands `grad_scale` and `found_inf` to the step
+
+    _plan: Plan | None = None
+    _records: Records | None = None
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        rescale: Rescale | None,
+        shrink: Shrink | None,
+        state_dtype: torch.dtype | None,
+        backend: str,
+    ) -> None:
+        dispatch.choose(backend)  # an unknown or unusable one is refused here and now
+        if state_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"state_dtype must be None or torch.bfloat16, got {state_dtype!r}")
+        self.backend, self.state_dtype = backend, state_dtype
+        defaults |= {"rescale": rescale, "shrink": shrink}
+        read(self.rule, defaults, self.numbers(defaults))
+        super().__init__(params, defaults)
+        self.register_state_dict_post_hook(checkpoint.options_to_plain)
+
+    def numbers(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The rule's own hyperparameters of a param group, by the names of the record."""
+        return {hyper.name: group[hyper.name] for hyper in self.rule.hypers}
+
+    # ------------------------------------------------------------------------------------------------------- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step for every parameter that has a gradient; returns what the closure returns, if there is one.
+
+        Everything is checked before anything is written: on an error parameters, gradients, states and step counts
+        are as they were.
+
+        Raises:
+            ValueError, RuntimeError: an option or a tensor is not as it must be; the message names the parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
+        records = self._records
+        if records is None:
+            names = [name for name in self.defaults if name not in ("lr", "foreach", "fused", "capturable")]
+            records = self._records = Records(self.rule, self.numbers, names)
+        records.refresh(self.param_groups)
+
+        plan, failed, refused = self._plan, None, None
+        if plan is not None and plan.holds(self.param_groups, records.shapes, self.state):
+            launches = self._launches(plan, records)
+            if launches is not None:
+                refused = self._launch(launches)
+                if refused is None:
+                    return
+                failed = plan.signature()
+
+        self._plan = None
+        unscaling = getattr(self, "grad_scale", None) is not None
+        plan = build(self.rule, self.param_groups, self.state, self.state_dtype, self._choose, unscaling)
+        if refused is not None and plan.signature() == failed:
+            raise refused  # nothing has changed that a new plan could see
+        plan.install(self.state)
+        launches = self._launches(plan, records)
+        assert launches is not None, "a plan that was just built holds"
+        refused = self._launch(launches)
+        fresh = any(bundle.fresh for bundle in plan.bundles)
+        if refused is not None or (fresh and self._skipped()):
+            plan.uninstall(self.state)  # a buffer that starts late is still to be started
+        elif not fresh:
+            self._plan = plan
+        if refused is not None:
+            raise refused
+
+    def _choose(self, device_type: str, dtypes: Triple) -> dispatch.Backend:
+        return dispatch.choose(self.backend, device_type, dtypes)
+
+    def _skipped(self) -> bool:
+        found_inf = getattr(self, "found_inf", None)
+        return found_inf is not None and bool(found_inf != 0)
+
+    def _launches(self, plan: Plan, records: Records) -> Launches | None:
+        """One call per bundle with the tensors as they are now; None if a gradient or a state is gone."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        launches = []
+        for bundle in plan.bundles:
+            tensors = bundle.gather(unscaling=grad_scale is not None)
+            if tensors is None:
+                return None
+            device = bundle.device
+            call = StepCall(
+                self.rule.name,
+                bundle.params,
+                *tensors,
+                records.flat,
+                bundle.groups,
+                bundle.axes,
+                bundle.fresh,
+                [lr if lr.device == device else lr.to(device) for lr in records.lrs],
+                on(grad_scale, device),
+                on(found_inf, device),
+                measured=None,  # the place where a buffer for per-group measurements goes in
+            )
+            launches.append((bundle, call))
+        return launches
+
+    def _launch(self, launches: Launches) -> Exception | None:
+        """Runs the calls, all or none. Returns the error of a call that was refused before anything was written."""
+        try:
+            if len(launches) > 1:
+                for bundle, call in launches:
+                    dispatch.launch(bundle.backend, call, dry_run=True)
+            for bundle, call in launches[:1]:
+                dispatch.launch(bundle.backend, call)
+        except Exception as error:
+            return error
+        for bundle, call in launches[1:]:
+            dispatch.launch(bundle.backend, call)
+        for _, call in launches:
+            # The kernels write behind autograd's back; it has to be told.
+            written = call.params + call.states + call.steps
+            increment_version(written if call.grad_scale is None else written + call.grads)
+        return None
+
+    # ----------------------------------------------------------------------------------------------------- the checks
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group, as in torch.optim, after checking its options against its parameters.
+
+        Raises:
+            TypeError, ValueError: an option is not allowed, or a parameter does not have the group's axis.
+        """
+        super().add_param_group(param_group)
+        try:
+            self.check_group(self.param_groups[-1], len(self.param_groups) - 1)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def check_group(self, group: Mapping[str, Any], g: int) -> None:
+        """Refuses a param group whose options are out of bounds or do not fit its parameters."""
+        for name in ("backend", "state_dtype"):
+            if name in group:
+                raise ValueError(f"{name} is an option of the whole optimizer, not of a param group")
+        read(self.rule, group, self.numbers(group), g)
+        axis = common_axis(group["rescale"], group["shrink"])
+        for i, param in enumerate(group["params"]):
+            checked_mask(group, g, i, axis)
+            if param.requires_grad:
+                try:
+                    state_dtype_for(param, self.state_dtype)
+                except ValueError as error:
+                    raise ValueError(f"{label(group, g, i)}: {error}") from None
+
+    # ---------------------------------------------------------------------------------------- checkpoints and pickling
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this optimizer, or of its counterpart in torch.optim.
+
+        States get the dtype of the policy (``state_dtype``), the memory layout of their parameter, and memory of
+        their own. The saved ``rescale`` and ``shrink`` win; an option that the dict lacks keeps its current value.
+        A momentum buffer without a step count gets step 1.
+
+        Raises:
+            ValueError, TypeError: the dict does not fit. The message says where; the optimizer stays as it was.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        groups, state = checkpoint.converted(self, state_dict)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend, "state_dtype": self.state_dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if checkpoint.options_to_plain not in self._optimizer_state_dict_post_hooks.values():
+            self.register_state_dict_post_hook(checkpoint.options_to_plain)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self._plan = self._records = None

@@ -1,0 +1,143 @@
+"""State dicts: how our options are saved, and how a saved dict becomes the states and groups of an optimizer.
+
+Nothing here changes the optimizer. Loading is all or nothing because everything is converted first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastwrs.options import Rescale, Shrink, from_plain, to_plain
+from fastwrs.plan import STEP, incomplete, label, state_dtype_for
+from fastwrs.spec import Rule
+
+if TYPE_CHECKING:
+    from fastwrs.optim.base import FusedOptimizer
+
+_SHARED = (
+    "lr",
+    "weight_decay",
+    "decoupled_weight_decay",
+    "maximize",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+)
+"""Options that tell nothing about which optimizer a dict comes from; ours, which only we have, neither."""
+_OPTIONS: tuple[tuple[str, Any], ...] = (("rescale", Rescale), ("shrink", Shrink))
+
+
+def options_to_plain(_optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """The hook on ``state_dict()`` that writes ``rescale`` and ``shrink`` as plain dicts."""
+    for group in state_dict["param_groups"]:
+        for name, _ in _OPTIONS:
+            group[name] = to_plain(group[name])
+
+
+def converted(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Any]:
+    """The param groups and the state that the optimizer has after loading ``state_dict``.
+
+    Raises:
+        ValueError, TypeError: the dict belongs to another optimizer or other parameters; the message says what differs.
+    """
+    if lacking := [key for key in ("state", "param_groups") if key not in state_dict]:
+        raise ValueError(f"the state dict has no {' and no '.join(map(repr, lacking))}")
+    saved_groups = deepcopy(state_dict["param_groups"])
+    _check_sizes(optimizer, saved_groups)
+
+    groups = []
+    places: dict[Any, tuple[dict[str, Any], int, int]] = {}
+    for g, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        _check_kind(optimizer, saved, g)
+        ids = saved.pop("params")
+        for name, kind in _OPTIONS:
+            if name in saved:
+                saved[name] = from_plain(kind, saved[name])
+        merged = {**group, **saved}
+        optimizer.check_group(merged, g)
+        places.update({key: (merged, g, i) for i, key in enumerate(ids)})
+        groups.append(merged)
+
+    state: defaultdict[Any, Any] = defaultdict(dict)
+    for key, values in state_dict["state"].items():
+        if key not in places:
+            state[key] = values  # belongs to no parameter: kept as it is, as in torch
+            continue
+        group, g, i = places[key]
+        param = group["params"][i]
+        try:
+            state[param] = _states(optimizer, param, values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{label(group, g, i)}: {error}") from None
+    return groups, state
+
+
+def _check_sizes(optimizer: FusedOptimizer, saved_groups: list[dict[str, Any]]) -> None:
+    saved = [len(group["params"]) for group in saved_groups]
+    own = [len(group["params"]) for group in optimizer.param_groups]
+    if len(saved) != len(own):
+        raise ValueError(
+            f"the state dict has a different number of parameter groups: {len(saved)}, the optimizer has {len(own)}"
+        )
+    for g, (theirs, ours) in enumerate(zip(saved, own, strict=True)):
+        if theirs != ours:
+            raise ValueError(
+                f"the state dict has a parameter group that doesn't match the size of the optimizer's: "
+                f"group {g} has {theirs} parameters there and {ours} here"
+            )
+
+
+def _check_kind(optimizer: FusedOptimizer, saved: Mapping[str, Any], g: int) -> None:
+    """Refuses the groups of another optimizer: those that share none of the options that are the rule's own."""
+    own = [name for name in optimizer.defaults if name not in (*_SHARED, *dict(_OPTIONS))]
+    if not any(name in saved for name in own):
+        raise ValueError(
+            f"param group {g} of the state dict has none of {', '.join(own)}: it is not that of "
+            f"{type(optimizer).__name__}. It has {', '.join(sorted(map(str, saved)))}"
+        )
+
+
+def _states(optimizer: FusedOptimizer, param: Tensor, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved states of one parameter, in our dtypes and with memory of their own."""
+    rule: Rule = optimizer.rule
+    saved = {name: value for name, value in values.items() if value is not None}
+    slots = {slot.name: slot for slot in rule.slots}
+    if unknown := sorted(set(saved) - set(slots) - {STEP}):
+        raise ValueError(f"{type(optimizer).__name__} keeps no state {', '.join(map(repr, unknown))}")
+    if lacking := incomplete(rule, saved):
+        raise ValueError(f"its saved state lacks {lacking}")
+    states: dict[str, Any] = {}
+    if saved:
+        # A momentum buffer without a step count comes from torch.optim.SGD: its first step is over.
+        states[STEP] = torch.tensor(_count(saved.get(STEP, 1)), dtype=torch.float32, device=param.device)
+    for name, value in saved.items():
+        if name != STEP:
+            states[name] = _moment(optimizer, param, name, value)
+    return states
+
+
+def _moment(optimizer: FusedOptimizer, param: Tensor, name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        raise ValueError(f"its saved state {name!r} must be a dense tensor, got {type(value).__name__}")
+    if value.shape != param.shape:
+        raise ValueError(f"its saved state {name!r} has the shape {tuple(value.shape)}")
+    own = torch.empty_like(param, dtype=state_dtype_for(param, optimizer.state_dtype), requires_grad=False)
+    return own.copy_(value.detach())
+
+
+def _count(step: Any) -> float:
+    """A saved step count as a number; old dicts have a plain one, newer ones a tensor."""
+    if isinstance(step, Tensor) and step.numel() != 1:
+        raise ValueError(f"its saved step has the shape {tuple(step.shape)}, not one element")
+    count = float(step)
+    if not math.isfinite(count) or count < 0:
+        raise ValueError(f"its saved step is {count}, not a count")
+    return count

@@ -1,0 +1,387 @@
+"""Splits param groups into bundles, checks every tensor that takes part, and says when that still holds.
+
+A bundle is what one launch covers: the parameters with the same state slots, device and dtypes. Building a plan looks
+at everything, in pure Python and without writing anything; using it again costs a few C-speed passes over lists. The
+tensors themselves are not kept: gradients and states are gathered anew for each step, so one that was exchanged is
+simply used, and the kernels check sizes, dtypes and devices of what they get before they write.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, repeat
+from operator import attrgetter, is_, is_not, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastwrs.options import Axis, axis_mask, common_axis
+from fastwrs.spec import DTYPE_TRIPLES, Rule
+
+Triple = tuple[str, str, str]
+Group = Mapping[str, Any]
+State = dict[str, Any]
+
+STEP = "step"
+_USUAL = (Tensor, torch.nn.Parameter)
+_grad_of = attrgetter("grad")
+
+
+@dataclass(slots=True)
+class StepCall:
+    """The arguments of the op ``fastwrs::step``, in its order."""
+
+    rule: str
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[Tensor]
+    steps: list[Tensor]
+    hyper: list[float]
+    groups: list[int]
+    axes: list[int]
+    fresh: list[int]
+    lrs: list[Tensor]
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    measured: Tensor | None = None
+    workspace: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Bundle:
+    """What one launch covers. ``states`` are the state dicts of the parameters, not the tensors in them."""
+
+    backend: Any
+    slots: tuple[str, ...]
+    device: torch.device
+    params: list[Tensor] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    axes: list[int] = field(default_factory=list)
+    fresh: list[int] = field(default_factory=list)
+
+    def gather(self, unscaling: bool = False) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
+        """The gradients, states (slot-major) and steps as they are now.
+
+        None if one of them is gone, or if gradients that are to be unscaled are not all different.
+        """
+        grads = list(map(_grad_of, self.params))
+        if not all(map(is_not, grads, repeat(None))) or (unscaling and len(set(map(id, grads))) < len(grads)):
+            return None
+        try:
+            states = [state for slot in self.slots for state in map(itemgetter(slot), self.states)]
+            return grads, states, list(map(itemgetter(STEP), self.states))
+        except KeyError:
+            return None
+
+
+@dataclass(slots=True)
+class Plan:
+    """The bundles of one optimizer, and what they were derived from."""
+
+    shapes: list[Any]
+    """Per param group, the options that shape a plan (see :func:`shape_of`)."""
+    params: list[Tensor]
+    idle: list[Tensor]
+    """The parameters without a gradient: they take no part, as long as that is so."""
+    bundles: list[Bundle]
+    created: list[tuple[Tensor, str, Tensor]]
+    """The states that the parameters lacked: (parameter, key, tensor). Nobody sees them before they are installed."""
+    owners: list[Tensor] = field(default_factory=list)
+    owned: list[State] = field(default_factory=list)
+
+    def holds(self, groups: Sequence[Group], shapes: list[Any], state: Mapping[Tensor, State]) -> bool:
+        """Whether the same parameters have the same options, the same state dicts and (not) a gradient as before.
+
+        That an active parameter still has a gradient is seen by :meth:`Bundle.gather`.
+        """
+        return (
+            self.shapes == shapes
+            and sum(len(group["params"]) for group in groups) == len(self.params)
+            and all(map(is_, chain.from_iterable(map(itemgetter("params"), groups)), self.params))
+            and len(state) == len(self.owners)
+            and all(map(is_, state, self.owners))
+            and all(map(is_, state.values(), self.owned))
+            and all(map(is_, map(_grad_of, self.idle), repeat(None)))
+        )
+
+    def install(self, state: defaultdict[Tensor, State]) -> None:
+        """Makes the created states visible, and remembers whose state dicts are whose."""
+        for param, key, tensor in self.created:
+            state[param][key] = tensor
+        self.owners, self.owned = list(state), list(state.values())
+        for bundle in self.bundles:
+            bundle.states = [state[param] for param in bundle.params]
+
+    def uninstall(self, state: defaultdict[Tensor, State]) -> None:
+        """Takes the created states away again, as if they had never been."""
+        for param, key, _ in self.created:
+            del state[param][key]
+            if not state[param]:
+                del state[param]
+
+    def signature(self) -> list[Any]:
+        """What two plans have in common that would launch the same."""
+        return [(b.backend, b.slots, b.device, [*map(id, b.params)], b.groups, b.axes, b.fresh) for b in self.bundles]
+
+
+def shape_of(rule: Rule, group: Group) -> tuple[Any, ...]:
+    """The options of a param group that decide which slots and norm groups its parameters have."""
+    return rule.slots_for(group), common_axis(group["rescale"], group["shrink"])
+
+
+def build(
+    rule: Rule,
+    groups: Sequence[Group],
+    state: Mapping[Tensor, State],
+    state_dtype: torch.dtype | None,
+    choose: Callable[[str, Triple], Any],
+    unscaling: bool = False,
+) -> Plan:
+    """Checks every parameter that has a gradient, with its gradient and states, and sorts them into bundles.
+
+    Writes nothing: states that are missing come back in ``Plan.created``. With ``unscaling`` the step will write
+    the gradients too.
+
+    Raises:
+        ValueError, RuntimeError: something is not as it must be; the message names the parameter.
+    """
+    plan = Plan([shape_of(rule, group) for group in groups], [], [], [], [])
+    bundles: dict[Any, Bundle] = {}
+    written: list[Tensor] = []
+    whose: list[tuple[int, int]] = []
+    for g, group in enumerate(groups):
+        slots, axis = plan.shapes[g]
+        for i, param in enumerate(group["params"]):
+            plan.params.append(param)
+            if param.grad is None:
+                plan.idle.append(param)
+                continue
+            mine = state.get(param, {})
+            if why := _why_not(rule, param, param.grad, mine, slots):
+                raise RuntimeError(f"{label(group, g, i)}: {why}")
+            if unscaling and overlaps_itself(param.grad):
+                raise RuntimeError(
+                    f"{label(group, g, i)}: its gradient is to be unscaled, and overlaps itself in memory"
+                )
+            mask = checked_mask(group, g, i, axis)
+            try:
+                tensors = _completed(param, mine, slots, state_dtype, plan.created)
+                device, triple = param.device, dtypes_of(param, param.grad, tensors)
+            except ValueError as error:
+                raise ValueError(f"{label(group, g, i)}: {error}") from None
+            key = slots, device, triple
+            if key not in bundles:
+                bundles[key] = Bundle(choose(device.type, triple), slots, device)
+            bundle = bundles[key]
+            if slots and STEP in mine and mine.get(slots[0]) is None and bool(mine[STEP] > 0):
+                bundle.fresh.append(len(bundle.params))  # momentum was switched on after the first step
+            bundle.params.append(param)
+            bundle.groups.append(g)
+            bundle.axes.append(mask)
+            tensors += (param, param.grad) if unscaling else (param,)
+            written += tensors
+            whose += [(g, i)] * len(tensors)
+    if clash := overlapping(written):
+        one, other = (label(groups[g], g, i) for g, i in (whose[k] for k in clash))
+        raise RuntimeError(f"{one} and {other} share memory, in themselves or in what is written with them")
+    plan.bundles = list(bundles.values())
+    return plan
+
+
+def label(group: Group, g: int, i: int) -> str:
+    """How errors call a parameter: by its name if the group has names, else by its place; and with its shape."""
+    param = group["params"][i]
+    name = f"{group['param_names'][i]!r}" if "param_names" in group else f"params[{g}][{i}]"
+    shape = "an uninitialized one" if torch.nn.parameter.is_lazy(param) else f"shape {tuple(param.shape)}"
+    return f"parameter {name} ({shape})"
+
+
+def checked_mask(group: Group, g: int, i: int, axis: Axis | None) -> int:
+    """The bitmask of the reduced dimensions of a parameter, or a ValueError that names it."""
+    param = group["params"][i]
+    if axis is None or torch.nn.parameter.is_lazy(param):
+        return 0
+    try:
+        if param.is_complex():
+            raise ValueError("complex parameters are not rescaled or shrunk")
+        return axis_mask(axis, param.ndim)
+    except ValueError as error:
+        raise ValueError(
+            f"{label(group, g, i)}: {error}. fastwrs.param_groups(model) puts the parameters that can be rescaled "
+            "into groups of their own"
+        ) from None
+
+
+def state_dtype_for(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of the states of a parameter."""
+    if wanted is not None and param.dtype != wanted:
+        raise ValueError(f"state_dtype={wanted} is for {wanted} parameters only, this one is {param.dtype}")
+    return wanted or (torch.float64 if param.dtype == torch.float64 else torch.float32)
+
+
+def dtypes_of(param: Tensor, grad: Tensor, states: Sequence[Tensor]) -> Triple:
+    """The (param, grad, state) dtypes by name, or a ValueError that lists the allowed ones.
+
+    ``states`` ends with the step, which does not count; without other states the type is the one they would have.
+    """
+    kinds = {tensor.dtype for tensor in states[:-1]} or {state_dtype_for(param, None)}
+    triples = [(name_of(param.dtype), name_of(grad.dtype), name_of(kind)) for kind in kinds]
+    if len(triples) == 1 and triples[0] in DTYPE_TRIPLES:
+        return triples[0]
+    raise ValueError(f"dtypes (param, grad, state) are {_listed(triples)}; allowed: {_listed(DTYPE_TRIPLES)}")
+
+
+@functools.cache
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype as ``fastwrs.spec`` calls it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _listed(triples: Iterable[Triple]) -> str:
+    return ", ".join(f"({', '.join(triple)})" for triple in triples)
+
+
+def _completed(
+    param: Tensor,
+    mine: State,
+    slots: tuple[str, ...],
+    state_dtype: torch.dtype | None,
+    created: list[tuple[Tensor, str, Tensor]],
+) -> list[Tensor]:
+    """The states of a parameter in the order of its slots, then its step; what is missing is added to ``created``."""
+    tensors = []
+    for slot in slots:
+        tensor = mine.get(slot)
+        if tensor is None:
+            # Zeros, not uninitialised memory: a first step that is skipped leaves them as they are.
+            tensor = torch.zeros_like(param, dtype=state_dtype_for(param, state_dtype), requires_grad=False)
+            created.append((param, slot, tensor))
+        tensors.append(tensor)
+    step = mine.get(STEP)
+    if step is None:
+        # A momentum buffer without a step count comes from torch.optim.SGD: its first step is over.
+        count = float(any(mine.get(slot) is not None for slot in slots))
+        step = torch.tensor(count, dtype=torch.float32, device=param.device)
+        created.append((param, STEP, step))
+    return [*tensors, step]
+
+
+def _why_not(rule: Rule, param: Tensor, grad: Tensor, mine: State, slots: tuple[str, ...]) -> str | None:
+    """Why a parameter cannot take a step, or None if it can."""
+    if why := why_not_plain(param, "the parameter") or why_not_plain(grad, "its gradient"):
+        return why
+    if overlaps_itself(param):
+        return f"its memory overlaps itself (strides {param.stride()}, as after expand)"
+    if grad.shape != param.shape:
+        return f"its gradient has the shape {tuple(grad.shape)}"
+    if grad.device != param.device:
+        return f"its gradient is on {grad.device}, the parameter on {param.device}"
+    if not mine:
+        return None
+    if lacking := incomplete(rule, mine):
+        return f"its state lacks {lacking}"
+    for name in slots:
+        if mine.get(name) is not None and (why := _why_not_state(param, mine[name])):
+            return f"its state {name!r} {why}"
+    return None if mine.get(STEP) is None else _why_not_step(param, mine[STEP])
+
+
+def incomplete(rule: Rule, mine: Mapping[str, Any]) -> str:
+    """What the state of a parameter lacks, given what else is in it; empty if it can be used as it is."""
+    needed = [slot.name for slot in rule.slots if slot.when is None]
+    needed = [*needed, STEP] if needed else []
+    missing = [name for name in needed if mine.get(name) is None]
+    return ", ".join(missing) if len(missing) < len(needed) else ""
+
+
+def _why_not_state(param: Tensor, tensor: Any) -> str | None:
+    if not isinstance(tensor, Tensor):
+        return f"must be a tensor, got {tensor!r}"
+    if why := why_not_plain(tensor, "it"):
+        return f"cannot be used: {why}"
+    if tensor.shape != param.shape:
+        return f"has the shape {tuple(tensor.shape)}"
+    if tensor.device != param.device:
+        return f"is on {tensor.device}, the parameter on {param.device}"
+    return "overlaps itself in memory" if overlaps_itself(tensor) else None
+
+
+def _why_not_step(param: Tensor, step: Any) -> str | None:
+    if isinstance(step, Tensor) and (step.dtype, step.shape, step.device) == (torch.float32, (), param.device):
+        return None
+    return f"its state 'step' must be a 0-d fp32 tensor on {param.device}, got {step!r}"
+
+
+def why_not_plain(tensor: Tensor, what: str) -> str | None:
+    """Why a kernel cannot work on this kind of tensor, or None if it can. ``what`` is what the message calls it."""
+    if type(tensor) in _USUAL and tensor.layout is torch.strided and tensor.is_floating_point():
+        return None
+    sharded = sys.modules.get("torch.distributed.tensor")  # not imported: then there is no DTensor
+    if sharded is not None and isinstance(tensor, sharded.DTensor):
+        return f"{what} is a DTensor; sharded parameters are not supported yet"
+    if tensor.layout != torch.strided:
+        return f"{what} is sparse ({tensor.layout}); only dense tensors are supported"
+    if tensor.is_complex():
+        return f"{what} is complex ({tensor.dtype}); complex tensors are not supported"
+    if not tensor.is_floating_point():
+        return f"{what} has the integer dtype {tensor.dtype}; only floating-point tensors are supported"
+    return None
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may lie in the same place. Strides with gaps are fine, expanded tensors are not."""
+    if tensor.is_contiguous() or tensor.numel() < 2:
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """Two of the tensors that have an element in common, by index; None if there are none."""
+    spans: dict[torch.device, list[tuple[int, int, int]]] = defaultdict(list)
+    for k, tensor in enumerate(tensors):
+        if elements := tensor.numel():
+            if not tensor.is_contiguous():
+                elements = 1 + sum(st * (size - 1) for st, size in zip(tensor.stride(), tensor.shape, strict=True))
+            start = tensor.data_ptr()
+            spans[tensor.device].append((start, start + elements * tensor.element_size(), k))
+    for device, found in spans.items():
+        if device.type == "meta":
+            continue
+        found.sort()
+        end, cluster = 0, []
+        for start, stop, k in found:
+            if start >= end:
+                cluster.clear()
+            for other in cluster:
+                if _share_an_element(tensors[other], tensors[k]):
+                    return min(other, k), max(other, k)
+            cluster.append(k)
+            end = max(end, stop)
+    return None
+
+
+def _share_an_element(one: Tensor, other: Tensor) -> bool:
+    """The exact answer for two tensors whose spans overlap: columns of one matrix, say, share nothing."""
+    size = one.element_size()
+    if other.element_size() != size or (one.data_ptr() - other.data_ptr()) % size:
+        return True
+    return bool(torch.isin(_places(one), _places(other)).any())
+
+
+def _places(tensor: Tensor) -> Tensor:
+    places = torch.tensor(tensor.data_ptr() // tensor.element_size())
+    for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
+        places = places.unsqueeze(-1) + stride * torch.arange(size)
+    return places.flatten()

@@ -1,0 +1,138 @@
+"""Builds the C++ extension with ninja; everything else about the package is in pyproject.toml.
+
+The extension uses LibTorch's stable ABI and Python's limited API, so one binary serves torch 2.10 and later and Python
+3.10 and later. Without a C++ compiler (or without torch at build time) the package installs without it, runs on the
+reference backend, and `fastwrs.backends()` says why. Environment:
+
+CXX                 the C++ compiler (default: c++, then g++, then clang++)
+FASTWRS_CPU=0|1     0: never build the extension; 1: fail if it cannot be built (default: build it if possible)
+FASTWRS_SANITIZE=1  build with AddressSanitizer and UndefinedBehaviorSanitizer
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+SOURCES = ("csrc/bindings.cpp", "csrc/cpu/engine.cpp", "csrc/cpu/isa.cpp", "csrc/norms/geometry.cpp")
+LEAVES = "csrc/cpu/leaves.cpp"  # compiled once per instruction set
+ISA_FLAGS = {
+    "plain": "",
+    "avx2": "-mavx2 -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
+}
+# No contraction, so that every instruction set gives the same bits; no errno and no traps, so that loops vectorise.
+NUMERIC_FLAGS = "-ffp-contract=off -fno-math-errno -fno-trapping-math"
+TORCH_TARGET = "0x020a000000000000"  # the oldest torch that the binary runs with: 2.10
+
+
+def find_compiler() -> str | None:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name.split()[0]):
+            return name
+    return None
+
+
+def find_torch() -> Path | None:
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
+def is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def ninja_file(compiler: str, torch: Path, output: Path) -> str:
+    """The text of build.ninja: one object per source, the leaves once per instruction set, one shared library."""
+    root = Path(__file__).resolve().parent
+    optimise = "-O3 -g0"
+    link = ""
+    if os.environ.get("FASTWRS_SANITIZE") == "1":
+        optimise = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+        link = "-fsanitize=address,undefined"
+    includes = f"-isystem {torch / 'include'} -isystem {sysconfig.get_paths()['include']}"
+    defines = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}" + (" -DFASTWRS_WITH_X86" if is_x86() else "")
+    flags = f"-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi {optimise} {NUMERIC_FLAGS} {defines} {includes}"
+    lines = [
+        "ninja_required_version = 1.3",
+        "rule compile",
+        f"  command = {compiler} -MMD -MF $out.d {flags} $isa -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        # torch is imported first, so that its library is found by name without a path in the binary
+        f"  command = {compiler} -shared {link} $in -L{torch / 'lib'} -ltorch_cpu -o $out",
+    ]
+    objects = []
+    for source in SOURCES:
+        objects.append(Path(source).stem + ".o")
+        lines.append(f"build {objects[-1]}: compile {root / source}")
+    for isa, isa_flags in ISA_FLAGS.items() if is_x86() else [("plain", "")]:
+        objects.append(f"leaves_{isa}.o")
+        lines.append(f"build {objects[-1]}: compile {root / LEAVES}\n  isa = -DFASTWRS_ISA={isa} {isa_flags}")
+    lines.append(f"build {output.resolve()}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+class BuildExtension(build_ext):
+    """Runs ninja instead of distutils' compiler, or leaves the extension out and says why."""
+
+    def run(self) -> None:
+        wanted = os.environ.get("FASTWRS_CPU", "auto")
+        reason = self.why_not() if wanted != "0" else "FASTWRS_CPU=0"
+        if reason is None:
+            super().run()
+        elif wanted == "1":
+            raise SystemExit(f"fastwrs: cannot build the C++ extension: {reason}")
+        else:
+            print(f"fastwrs: built without the C++ extension: {reason}", file=sys.stderr)
+            self.extensions = []
+
+    def why_not(self) -> str | None:
+        if find_compiler() is None:
+            return "no C++ compiler found (set CXX)"
+        if find_torch() is None:
+            return "torch is not installed in the build environment (install torch, then use --no-build-isolation)"
+        if self.find_ninja() is None:
+            return "ninja is not installed"
+        return None
+
+    @staticmethod
+    def find_ninja() -> list[str] | None:
+        if importlib.util.find_spec("ninja"):
+            return [sys.executable, "-m", "ninja"]
+        return ["ninja"] if shutil.which("ninja") else None
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler, torch, ninja = find_compiler(), find_torch(), self.find_ninja()
+        assert compiler and torch and ninja  # why_not() has checked
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(ninja_file(compiler, torch, output), encoding="utf-8")
+        subprocess.run([*ninja, "-C", str(folder)], check=True)
+
+
+class Wheel(bdist_wheel):
+    """One wheel for every Python from 3.10 on."""
+
+    def finalize_options(self) -> None:
+        self.py_limited_api = "cp310"
+        super().finalize_options()
+
+
+setup(
+    ext_modules=[Extension("fastwrs._C", sources=[*SOURCES, LEAVES], py_limited_api=True)],
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
+)

@@ -1,0 +1,413 @@
+"""What users may get wrong is a clear error that names what is at fault, before anything has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastwrs
+from fastwrs.spec import DTYPE_TRIPLES
+
+pytestmark = [pytest.mark.cpu, pytest.mark.bad_input]
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+    for name, reason in fastwrs.backends().items()
+    if name in ("cpu", "reference")
+]
+SHAPE = (3, 4)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("FASTWRS_BACKEND", request.param)
+    return request.param
+
+
+class Odd(nn.Parameter):
+    """A parameter whose gradient may be anything: torch checks what is assigned, not what becomes of it later."""
+
+    odd: Tensor | None = None
+
+    @property
+    def grad(self) -> Tensor | None:  # type: ignore[override]
+        return self.odd
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self.odd = value
+
+
+# ------------------------------------------------------------------------------------------------------- construction
+
+
+def weight() -> nn.Parameter:
+    return nn.Parameter(torch.ones(SHAPE))
+
+
+OPTIONS: list[tuple[str, dict[str, Any], str]] = [
+    *((name, {"lr": value}, "learning rate") for name in ("SGD", "Adam", "AdamW") for value in (-0.1, float("nan"))),
+    ("SGD", {"lr": float("inf")}, "Invalid learning rate: inf"),
+    ("SGD", {"lr": "0.1"}, "learning rate.*must be a number"),
+    ("AdamW", {"lr": torch.tensor(-0.5)}, "Invalid learning rate: -0.5"),
+    ("AdamW", {"lr": torch.tensor([0.1, 0.1])}, "Tensor lr must be 1-element"),
+    ("SGD", {"momentum": -0.5}, "Invalid momentum value: -0.5.*finite and >= 0"),
+    ("SGD", {"weight_decay": -0.5}, "Invalid weight_decay value: -0.5"),
+    ("SGD", {"dampening": float("nan"), "momentum": 0.9}, "Invalid dampening value"),
+    ("SGD", {"nesterov": True}, "Nesterov momentum requires a momentum and zero dampening"),
+    ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "Nesterov momentum requires"),
+    ("Adam", {"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
+    ("Adam", {"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
+    ("AdamW", {"betas": (0.9,)}, "betas must be two numbers"),
+    ("AdamW", {"betas": (0.9, torch.tensor(0.99))}, "betas must be either both floats or both Tensors"),
+    ("AdamW", {"betas": (torch.tensor(0.9, device="meta"), torch.tensor(0.99))}, "Tensor beta1 must be on the CPU"),
+    ("AdamW", {"betas": (torch.tensor([0.9, 0.9]), torch.tensor(0.99))}, "Tensor beta1 must be 1-element"),
+    ("Adam", {"eps": -1e-8}, "Invalid epsilon value"),
+    ("AdamW", {"weight_decay": -1}, "Invalid weight_decay value: -1"),
+    ("AdamW", {"maximize": 2}, "Invalid maximize value: 2"),
+    ("SGD", {"differentiable": True}, "differentiable=True is not supported"),
+    ("SGD", {"state_dtype": torch.float16}, "state_dtype must be None or torch.bfloat16"),
+    ("SGD", {"state_dtype": torch.bfloat16}, r"params\[0\]\[0\].*state_dtype.*bfloat16 parameters only"),
+    ("SGD", {"backend": "nonsense"}, "no such backend; allowed: 'auto', 'cuda', 'triton', 'cpu', 'reference'"),
+    (
+        "SGD",
+        {"rescale": fastwrs.Rescale(axis="out"), "shrink": fastwrs.Shrink(0.1, axis="in")},
+        "need the same axis, got 'out' and 'in'",
+    ),
+    ("SGD", {"rescale": fastwrs.Rescale(axis=2)}, r"params\[0\]\[0\] \(shape \(3, 4\)\).*dimension 2.*param_groups"),
+    ("SGD", {"shrink": fastwrs.Shrink(0.1, axis=(0, -2))}, "names a dimension twice"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), OPTIONS, ids=lambda value: str(value))
+def test_options_are_refused_at_construction(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(fastwrs, name)([weight()], **options)
+
+
+def test_options_of_another_type() -> None:
+    for options in ({"rescale": True}, {"rescale": fastwrs.Shrink(0.1)}, {"shrink": 0.1}):
+        with pytest.raises(TypeError, match="must be None or fastwrs"):
+            fastwrs.SGD([weight()], **options)  # type: ignore[arg-type]
+
+
+def test_backends_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .*not part of this version"):
+        fastwrs.SGD([weight()], backend="cuda")
+    monkeypatch.setenv("FASTWRS_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="FASTWRS_BACKEND=nonsense: no such backend"):
+        fastwrs.SGD([weight()])
+
+
+@pytest.mark.parametrize("key", ["backend", "state_dtype"])
+def test_options_of_the_whole_optimizer_are_refused_in_a_group(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} is an option of the whole optimizer"):
+        fastwrs.SGD([{"params": [weight()], key: None}])
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("option", ["rescale", "shrink"])
+def test_vectors_have_no_channels(axis: str, option: str) -> None:
+    value = fastwrs.Rescale(axis=axis) if option == "rescale" else fastwrs.Shrink(0.1, axis=axis)
+    bias = nn.Parameter(torch.ones(5))
+    options: dict[str, Any] = {option: value}
+    with pytest.raises(ValueError, match=r"parameter params\[0\]\[1\] \(shape \(5,\)\).*fastwrs.param_groups"):
+        fastwrs.SGD([weight(), bias], **options)
+    with pytest.raises(ValueError, match=r"parameter 'layer.bias' \(shape \(5,\)\)"):
+        fastwrs.SGD([("layer.weight", weight()), ("layer.bias", bias)], **options)
+
+
+def test_complex_parameters_are_not_rescaled() -> None:
+    with pytest.raises(ValueError, match=r"params\[0\]\[0\].*complex parameters are not rescaled"):
+        fastwrs.SGD([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))], rescale=fastwrs.Rescale())
+
+
+def test_a_refused_group_is_not_added() -> None:
+    optimizer = fastwrs.SGD([weight()])
+    for options in ({"lr": -1.0}, {"rescale": fastwrs.Rescale(axis=5)}):
+        with pytest.raises(ValueError, match=r"params\[1\]|param group 1"):
+            optimizer.add_param_group({"params": [weight()], **options})
+    assert len(optimizer.param_groups) == 1
+
+
+BAD_RESCALE: list[tuple[dict[str, Any], str]] = [
+    ({"every": 0}, "every must be >= 1"),
+    ({"every": -2}, "every must be >= 1"),
+    ({"every": True}, "every must be an int"),
+    ({"every": 1.5}, "every must be an int"),
+    ({"axis": "rows"}, "axis must be one of"),
+    ({"axis": True}, "axis must be one of"),
+    ({"axis": (1, True)}, "axis must be one of"),
+    ({"axis": None}, "axis must be one of"),
+    ({"axis": ()}, "axis must name at least one dimension"),
+    ({"axis": (1, 1)}, "axis names a dimension twice"),
+    ({"axis": (0.5,)}, "axis must be one of"),
+    ({"target": 0.0}, "target must be > 0"),
+    ({"target": -1.0}, "target must be > 0"),
+    ({"target": float("nan")}, "target must be finite"),
+    ({"target": float("inf")}, "target must be finite"),
+    ({"target": "1"}, "target must be a number"),
+    ({"start": -1}, "start must be >= 0"),
+    ({"start": False}, "start must be an int"),
+    ({"stop": 2.0}, "stop must be an int"),
+]
+BAD_SHRINK: list[tuple[dict[str, Any], str]] = [
+    ({"rate": -0.1}, "rate must be >= 0"),
+    ({"rate": float("inf")}, "rate must be finite"),
+    ({"rate": None}, "rate must be a number"),
+    ({"rate": 0.1, "power": float("nan")}, "power must be finite"),
+    ({"rate": 0.1, "axis": "columns"}, "axis must be one of"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_RESCALE, ids=str)
+def test_rescale_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"Rescale: {message}"):
+        fastwrs.Rescale(**options)
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_SHRINK, ids=str)
+def test_shrink_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"Shrink: {message}"):
+        fastwrs.Shrink(**options)
+
+
+# -------------------------------------------------------------------------------------------------------- in the step
+
+
+def fault_sparse(p: Odd, _optimizer: Any) -> None:
+    p.grad = torch.ones(SHAPE).to_sparse()
+
+
+def fault_complex_grad(p: Odd, _optimizer: Any) -> None:
+    p.grad = torch.ones(SHAPE, dtype=torch.complex64)
+
+
+def fault_shape(p: Odd, _optimizer: Any) -> None:
+    p.grad = torch.ones(4, 3)
+
+
+def fault_device(p: Odd, _optimizer: Any) -> None:
+    p.grad = torch.ones(SHAPE, device="meta")
+
+
+def fault_triple(p: Odd, _optimizer: Any) -> None:
+    p.grad = torch.ones(SHAPE, dtype=torch.float16)
+
+
+def fault_integer(p: Odd, _optimizer: Any) -> None:
+    p.requires_grad_(False)
+    p.data = torch.ones(SHAPE, dtype=torch.int32)
+
+
+def fault_complex(p: Odd, _optimizer: Any) -> None:
+    p.data = torch.ones(SHAPE, dtype=torch.complex64)
+
+
+def fault_expanded(p: Odd, _optimizer: Any) -> None:
+    p.data = torch.ones(3, 1).expand(SHAPE)
+
+
+def fault_unscaled_expanded(p: Odd, optimizer: Any) -> None:
+    p.grad = torch.ones(3, 1).expand(SHAPE)
+    optimizer.grad_scale = torch.tensor(2.0)
+
+
+def fault_lr(p: Odd, optimizer: Any) -> None:
+    group_of(p, optimizer)["lr"] = -1.0
+
+
+def fault_lr_tensor(p: Odd, optimizer: Any) -> None:
+    group_of(p, optimizer)["lr"] = torch.tensor(float("nan"))
+
+
+def fault_betas(p: Odd, optimizer: Any) -> None:
+    group_of(p, optimizer)["betas"] = (0.9, 1.0)
+
+
+def fault_axis(p: Odd, optimizer: Any) -> None:
+    group_of(p, optimizer)["rescale"] = fastwrs.Rescale(axis=3)
+
+
+def fault_two_axes(p: Odd, optimizer: Any) -> None:
+    group_of(p, optimizer).update(rescale=fastwrs.Rescale(axis=0), shrink=fastwrs.Shrink(0.1, axis=1))
+
+
+# What may happen only to a parameter that has a state already.
+def fault_state_shape(p: Odd, optimizer: Any) -> None:
+    optimizer.state[p]["exp_avg_sq"] = torch.ones(4, 3)
+
+
+def fault_state_dtype(p: Odd, optimizer: Any) -> None:
+    optimizer.state[p]["exp_avg_sq"] = torch.ones(SHAPE, dtype=torch.float16)
+
+
+def fault_state_expanded(p: Odd, optimizer: Any) -> None:
+    optimizer.state[p]["exp_avg"] = torch.ones(1, 4).expand(SHAPE)
+
+
+def fault_state_missing(p: Odd, optimizer: Any) -> None:
+    del optimizer.state[p]["exp_avg"]
+
+
+def fault_step(p: Odd, optimizer: Any) -> None:
+    optimizer.state[p]["step"] = torch.tensor([2.0, 2.0])
+
+
+FAULTS: list[tuple[Callable[[Odd, Any], None], str]] = [
+    (fault_sparse, "its gradient is sparse"),
+    (fault_complex_grad, "its gradient is complex"),
+    (fault_shape, r"its gradient has the shape \(4, 3\)"),
+    (fault_device, "its gradient is on meta, the parameter on cpu"),
+    (fault_triple, r"\(float32, float16, float32\); allowed: " + r"\(" + ", ".join(DTYPE_TRIPLES[0]) + r"\)"),
+    (fault_integer, "the parameter has the integer dtype torch.int32"),
+    (fault_complex, "the parameter is complex"),
+    (fault_expanded, "its memory overlaps itself"),
+    (fault_unscaled_expanded, "its gradient is to be unscaled, and overlaps itself"),
+    (fault_axis, "there are 2 dimensions"),
+]
+LATE_FAULTS: list[tuple[Callable[[Odd, Any], None], str]] = [
+    (fault_state_shape, r"its state 'exp_avg_sq' has the shape \(4, 3\)"),
+    (fault_state_dtype, "dtypes .*; allowed: "),
+    (fault_state_expanded, "its state 'exp_avg' overlaps itself"),
+    (fault_state_missing, "its state lacks exp_avg"),
+    (fault_step, "its state 'step' must be a 0-d fp32 tensor"),
+]
+OPTION_FAULTS: list[tuple[Callable[[Odd, Any], None], str]] = [
+    (fault_lr, "Invalid learning rate: -1.0"),
+    (fault_lr_tensor, "Invalid learning rate: nan"),
+    (fault_betas, "Invalid beta parameter at index 1: 1.0"),
+    (fault_two_axes, "need the same axis"),
+]
+
+
+def group_of(p: Tensor, optimizer: Any) -> dict[str, Any]:
+    return next(group for group in optimizer.param_groups if any(p is other for other in group["params"]))
+
+
+def raw(tensor: Tensor) -> Any:
+    """What a tensor is, to the byte."""
+    kind = (tensor.dtype, tuple(tensor.shape), tensor.stride() if tensor.layout == torch.strided else None)
+    if tensor.device.type == "meta":
+        return kind
+    dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
+    return kind, bytes(dense.contiguous().flatten().view(torch.uint8).tolist())
+
+
+def everything(optimizer: Any, params: list[Any]) -> Any:
+    """All bytes that a step may write, and which states there are."""
+    return (
+        [raw(param) for param in params],
+        [None if param.grad is None else raw(param.grad) for param in params],
+        [(id(p), {key: raw(value) for key, value in state.items()}) for p, state in optimizer.state.items()],
+        [(group["lr"], group["rescale"], group["shrink"]) for group in optimizer.param_groups],
+    )
+
+
+def build(place: int, started: bool, groups: bool) -> tuple[list[Odd], Any]:
+    """Three parameters, one of them to become faulty, and a fourth that never has a gradient."""
+    torch.manual_seed(place)
+    params = [Odd(torch.randn(SHAPE)) for _ in range(4)]
+    named = [(f"layer{k}", param) for k, param in enumerate(params)]
+    optimizer: Any = fastwrs.AdamW([{"params": [item]} for item in named] if groups else named, lr=0.1)
+    for _ in range(2 if started else 0):
+        for param in params[:3]:
+            param.grad = torch.randn(SHAPE)
+        optimizer.step()
+    for param in params[:3]:
+        param.grad = torch.randn(SHAPE)
+    return params, optimizer
+
+
+def scenarios() -> Iterator[Any]:
+    for place in (0, 1, 2):
+        where = ("first", "middle", "last")[place]
+        for started in (False, True):
+            when = "later" if started else "at once"
+            for fault, message in (*FAULTS, *OPTION_FAULTS, *(LATE_FAULTS if started else ())):
+                name = fault.__name__.removeprefix("fault_")
+                yield pytest.param(place, started, fault, message, id=f"{name}-{where}-{when}")
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("place", "started", "fault", "message"), list(scenarios()))
+def test_a_refused_step_changes_no_byte(
+    place: int, started: bool, fault: Callable[[Odd, Any], None], message: str
+) -> None:
+    by_option = any(fault is other for other, _ in OPTION_FAULTS) or fault is fault_axis
+    params, optimizer = build(place, started, groups=by_option)
+    fault(params[place], optimizer)
+    before = everything(optimizer, params)
+    names = f"param group {place}" if by_option and fault is not fault_axis else f"parameter 'layer{place}'"
+    for _ in range(2):  # the second time there is no plan left to be wrong
+        with pytest.raises((ValueError, RuntimeError), match=message) as caught:
+            optimizer.step()
+        assert names in str(caught.value)
+        assert everything(optimizer, params) == before
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("what", ["parameters", "states", "steps", "the same parameter", "unscaled gradients"])
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_shared_memory_changes_no_byte(what: str, started: bool) -> None:
+    memory = torch.arange(24.0)
+    params: list[Any] = [nn.Parameter(torch.ones(SHAPE)) for _ in range(3)]
+    optimizer: Any = fastwrs.AdamW([*params, *(params[:1] if what == "the same parameter" else ())])
+    if what == "the same parameter":
+        started = False
+    for param in params:
+        param.grad = torch.ones(SHAPE)
+    if started or what in ("states", "steps"):
+        optimizer.step()
+    if what == "parameters":
+        params[0].data, params[2].data = memory[:12].view(SHAPE), memory[11:23].view(SHAPE)
+        optimizer._plan = None  # the plan looks at memory when it is made
+    elif what == "states":
+        optimizer.state[params[0]] = {**optimizer.state[params[0]], "exp_avg": optimizer.state[params[2]]["exp_avg"]}
+    elif what == "steps":
+        optimizer.state[params[0]] = {**optimizer.state[params[0]], "step": optimizer.state[params[2]]["step"]}
+    elif what == "unscaled gradients":
+        params[0].grad = params[2].grad
+        optimizer.grad_scale = torch.tensor(4.0)
+    before = everything(optimizer, params)
+    other = r"params\[0\]\[3\]" if what == "the same parameter" else r"params\[0\]\[2\]"
+    with pytest.raises(RuntimeError, match=rf"params\[0\]\[0\] .*and parameter {other} .*share memory"):
+        optimizer.step()
+    assert everything(optimizer, params) == before
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_expanded_gradients_are_fine(name: str) -> None:
+    results = []
+    for expanded in (True, False):
+        param = weight()
+        grad = torch.arange(3.0)[:, None].expand(SHAPE)
+        param.grad = grad if expanded else grad.contiguous()
+        getattr(fastwrs, name)([param], lr=0.1).step()
+        results.append(param)
+    assert torch.equal(*results)
+
+
+def test_dtensor_is_refused_by_name() -> None:
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available() or distributed.is_initialized():
+        pytest.skip("needs a process group of its own")
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        sharded = nn.Parameter(tensor.distribute_tensor(torch.ones(SHAPE), mesh, [tensor.Shard(0)]))
+        plain = weight()
+        plain.grad, sharded.grad = torch.ones(SHAPE), torch.ones_like(sharded)
+        optimizer = fastwrs.AdamW([("plain", plain), ("sharded", sharded)])
+        with pytest.raises(RuntimeError, match=r"parameter 'sharded' .* is a DTensor"):
+            optimizer.step()
+        assert torch.equal(plain, torch.ones(SHAPE))
+        assert not optimizer.state
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,354 @@
+"""Lane 2: the C++ kernels against the oracle, and what they promise beyond it: norms, bits, and memory left alone."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tolerances
+import torch
+from cases import (
+    CASES,
+    DTYPES,
+    LAYOUTS,
+    PROJECTIONS,
+    Call,
+    Case,
+    TensorCase,
+    axes_for,
+    dims_of,
+    mask_of,
+    one_thread,
+    place,
+    select,
+)
+from tolerances import NORM_BOUND, Inputs
+from torch import Tensor
+
+from fastwrs import library
+
+pytestmark = pytest.mark.cpu
+
+LOW = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _extension() -> None:
+    library.load()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """What holds on one thread holds on any number, as ``test_threads_change_no_bit`` sees to."""
+    with one_thread():
+        yield
+
+
+def run(call: Call) -> Call:
+    torch.ops.fastwrs.step(*call.args())
+    return call
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A copy of the bytes of a tensor, whatever its strides; a NaN equals the same NaN."""
+    return tensor.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+
+
+def everything(call: Call) -> list[Tensor]:
+    """All that a step may write, gaps and guards included, as bytes."""
+    measured = [] if call.measured is None else [call.measured]
+    return [bits(tensor) for tensor in [*(buffer for buffer, _ in call.buffers), *call.steps, *measured]]
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
+
+
+def outside(call: Call) -> list[Tensor]:
+    """The bytes around and between the elements of every tensor."""
+    found = []
+    for buffer, tensor in call.buffers:
+        around = buffer.clone()
+        around.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).zero_()
+        found.append(bits(around))
+    return found
+
+
+def simple(option: str, dtypes: tuple[str, str, str], *tensors: TensorCase, **more: Any) -> Case:
+    numbers = PROJECTIONS[more.pop("project", "rescale")] | more.pop("numbers", {})
+    return Case("simple", option, tensors, dtypes, (tuple(numbers.items()),), **more)
+
+
+# ---- against the oracle ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_step(case: Case) -> None:
+    call = case.build()
+    before, around, all_before = tolerances.snapshot(call), outside(call), everything(call)
+    run(call)
+    assert same(outside(call), around), "memory that belongs to no tensor was written"
+    if case.found_inf:
+        assert same(everything(call), all_before)
+    else:
+        assert [float(step) for step in call.steps] == [tensor.t for tensor in case.tensors]
+        tolerances.check_call(before, call)
+
+
+@pytest.mark.parametrize("found", [-1.0, 1e-30, 2.0, math.inf, math.nan])
+@pytest.mark.parametrize("option", ["sgd.mom", "adamw.ams"])
+def test_any_found_inf_skips_the_step_and_leaves_every_byte(option: str, found: float) -> None:
+    tensors = TensorCase((13, 29), t=1), TensorCase((4, 3, 2, 2), "in")
+    call = simple(option, DTYPES[0], *tensors, found_inf=found, grad_scale=2.0).build()
+    before = everything(call)
+    assert same(everything(run(call)), before)
+    call.found_inf = torch.tensor(0.0)
+    assert not same(everything(run(call)), before)
+
+
+def test_dry_run_writes_nothing() -> None:
+    for case in select(3000, every=9):
+        call = case.build()
+        before = everything(call)
+        torch.ops.fastwrs.step(*call.args(), True)
+        assert same(everything(call), before), case.id
+
+
+# ---- rescale_ and channel_norms -------------------------------------------------------------------------------------
+
+SHAPES = [(64, 3, 7, 7), (5, 7, 3, 3), (12, 10, 1, 1), (13, 29), (300, 200), (3, 40001), (8195, 5), (17,), (), (3, 0)]
+
+
+def some_tensors(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Any]]:
+    """(buffer, tensor, axis) for all shapes and axes, in all layouts in turn; among the groups are rows of zeros."""
+    layouts = list(LAYOUTS)
+    generator = torch.Generator().manual_seed(5)
+    for shape in SHAPES:
+        for k, axis in enumerate(axis for axis in axes_for(shape) if axis is not None):
+            layout = layouts[(k + len(shape)) % len(layouts)]
+            values = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.1
+            values = values.sign() * values.abs().clamp(min=0.01)
+            if len(shape) > 1:
+                values[:1] *= 0
+            yield *place(values, "c" if layout == "cl" and len(shape) != 4 else layout, dtype, "cpu"), axis
+
+
+@pytest.mark.parametrize("dtype", LOW.values(), ids=list(LOW))
+def test_rescale_op(dtype: torch.dtype) -> None:
+    buffers, tensors, axes = map(list, zip(*some_tensors(dtype), strict=True))
+    before, copies = [tensor.clone() for tensor in tensors], [buffer.clone() for buffer in buffers]
+    torch.ops.fastwrs.rescale_(tensors, [mask_of(a, t.ndim) for a, t in zip(axes, tensors, strict=True)], 0.7)
+    hyper = {"lr": 1.0, "maximize": 0, "every": 1, "start": 0, "stop": math.inf, "target": 0.7, "rate": 0, "power": 1}
+    hyper |= {"momentum": 0, "dampening": 0, "nesterov": 0, "weight_decay": 0}
+    for tensor, old, axis, buffer, copy in zip(tensors, before, axes, buffers, copies, strict=True):
+        zeros = torch.zeros_like(old)
+        dims = dims_of(axis, tensor.ndim)
+        # a rescale is a step of SGD with a gradient of zeros
+        inputs = Inputs("sgd", old, zeros, {}, t=1, first=True, lr=1.0, hyper=hyper, dims=dims)
+        tolerances.check(inputs, {"param": tensor, "grad": zeros}, f"{tuple(tensor.shape)}, axis {axis}: ")
+        for storage in (buffer, copy):
+            storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).zero_()
+        assert torch.equal(bits(buffer), bits(copy)), "memory that belongs to no tensor was written"
+
+
+@pytest.mark.parametrize("dtype", LOW.values(), ids=list(LOW))
+def test_channel_norms_op(dtype: torch.dtype) -> None:
+    buffers, tensors, axes = map(list, zip(*some_tensors(dtype), strict=True))
+    copies = [buffer.clone() for buffer in buffers]
+    shapes = [tensor.sum(dims_of(axis, tensor.ndim)).shape for tensor, axis in zip(tensors, axes, strict=True)]
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    out = torch.full((sum(map(math.prod, shapes)),), math.nan, dtype=compute)
+    torch.ops.fastwrs.channel_norms(tensors, [mask_of(a, t.ndim) for a, t in zip(axes, tensors, strict=True)], out)
+    for got, shape, tensor, axis in zip(out.split([math.prod(s) for s in shapes]), shapes, tensors, axes, strict=True):
+        tolerances.check_norms(got.view(shape), tensor, dims_of(axis, tensor.ndim) or ())
+    assert all(torch.equal(bits(buffer), bits(copy)) for buffer, copy in zip(buffers, copies, strict=True))
+
+
+@pytest.mark.parametrize("dtype", LOW.values(), ids=list(LOW))
+@pytest.mark.parametrize("axis", ["out", "tensor", (0,)], ids=str)
+@pytest.mark.parametrize("length", [28_672, 1_000_000])
+def test_norms_after_a_rescale(length: int, axis: Any, dtype: torch.dtype) -> None:
+    """The bounds of the design, for constant rows (the worst case for running sums) and others, of any norm."""
+    shape = (length, 2) if axis == (0,) else (2, length)
+    dims = dims_of(axis, 2) or ()
+    generator = torch.Generator().manual_seed(length)
+    for norm in (1.0, 0.03, 40.0) if dtype == torch.float16 else (1.0, 1e-15, 1e15):
+        for values in (torch.ones(shape), torch.rand(shape, generator=generator) + 0.5):
+            w = (values.double() * norm / math.sqrt(length)).to(dtype)
+            stepped = w.clone()
+            torch.ops.fastwrs.rescale_([w], [mask_of(axis, 2)], 1.0)
+            assert tolerances.norm_deviation(w, dims, 1.0) <= NORM_BOUND[dtype]
+            hyper = {"lr": 0.1, "lr_tensor": -1, "every": 1, "stop": math.inf, "target": 1.0}
+            names = simple("sgd", DTYPES[0]).hyper(0)
+            torch.ops.fastwrs.step(
+                "sgd", [stepped], [torch.zeros_like(w)], [], [torch.tensor(6.0)], [hyper.get(n, 0.0) for n in names],
+                [0], [mask_of(axis, 2)], [], [], None, None, None, None,
+            )  # fmt: skip
+            assert tolerances.norm_deviation(stepped, dims, 1.0) <= NORM_BOUND[dtype]
+
+
+# ---- the same bits --------------------------------------------------------------------------------------------------
+
+
+def digests(cases: list[Case]) -> dict[str, str]:
+    """A hash of all that each case leaves in memory."""
+    found = {}
+    for case in cases:
+        digest = hashlib.sha256()
+        for part in everything(run(case.build())):
+            digest.update(part.numpy().tobytes())
+        found[case.id] = digest.hexdigest()
+    return found
+
+
+def test_threads_change_no_bit() -> None:
+    alone = digests(CASES)
+    assert len(set(alone.values())) > len(CASES) - 20  # empty lists are alike
+    for count in (2, 3):
+        torch.set_num_threads(count)
+        different = [case for case, digest in digests(CASES).items() if digest != alone[case]]
+        assert not different, f"{count} threads"
+
+
+def test_threads_change_no_bit_of_long_and_of_many_tensors() -> None:
+    """One long tensor, in one pass and in two, and a thousand short ones: each way to cut work for threads."""
+    lists = (
+        [TensorCase((500, 2003))],
+        [TensorCase((3, 300_007))],
+        [TensorCase((500, 2003), "tensor")],
+        [TensorCase((2003, 500), (0,))],
+        [TensorCase((k % 40 + 1, k % 7 + 1), "in") for k in range(1000)],
+    )
+    for tensors in lists:
+        case = simple("adamw", DTYPES[0], *tensors)
+        alone = everything(run(case.build()))
+        for count in (2, 3, 8):
+            call = case.build()
+            torch.set_num_threads(count)
+            assert same(everything(run(call)), alone), f"{tensors[0]} on {count} threads"
+
+
+def test_instruction_sets_change_no_bit() -> None:
+    """Each in a process of its own, as the choice is made once; only those that this processor has."""
+    code = (
+        "import test_cpu, fastwrs.library as library\n"
+        "print(library.cpu_isa())\n"
+        "for item in test_cpu.digests(test_cpu.CASES).items(): print(*item)\n"
+    )
+    here = Path(__file__).parent
+    found = {}
+    for isa in library.cpu_features():
+        path = os.pathsep.join([str(here), *filter(None, sys.path)])
+        env = {**os.environ, "FASTWRS_CPU_ISA": isa, "PYTHONPATH": path}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, cwd=here, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        used, *lines = done.stdout.splitlines()
+        assert used == isa
+        found[isa] = dict(line.rsplit(" ", 1) for line in lines)
+        assert len(found[isa]) == len(CASES)
+    for isa, digest in found.items():
+        different = [case for case in digest if digest[case] != found["plain"][case]]
+        assert not different, f"{isa} against plain"
+
+
+def run_part(call: Call, ks: list[int]) -> None:
+    """The step of some tensors of a call, in this order, as a call of its own."""
+    n = len(call.params)
+    rows = [row for row in map(call.measured_of, ks) if row is not None]
+    part = replace(
+        call,
+        **{name: [getattr(call, name)[k] for k in ks] for name in ("params", "grads", "steps", "groups", "axes")},
+        states=[call.states[s * n + k] for s in range(len(call.case.slots)) for k in ks],
+        fresh=[ks.index(k) for k in call.fresh if k in ks],
+        measured=None if call.measured is None else call.measured.new_full((sum(map(len, rows)), 8), math.nan),
+    )
+    run(part)
+    if part.measured is not None:
+        for row, values in zip(rows, part.measured.split([len(row) for row in rows]), strict=True):
+            row.copy_(values)
+
+
+def test_splitting_and_reversing_a_list_changes_no_bit() -> None:
+    cases = [case for case in CASES if len(case.tensors) > 1 and not case.found_inf]
+    assert len(cases) > 100
+    for case in cases:
+        together, odd_even, reverse = run(case.build()), case.build(), case.build()
+        n = len(case.tensors)
+        run_part(odd_even, list(range(1, n, 2)))
+        run_part(odd_even, list(range(0, n, 2)))
+        run_part(reverse, list(range(n))[::-1])
+        assert same(everything(together), everything(odd_even)), case.id
+        assert same(everything(together), everything(reverse)), case.id
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
+@pytest.mark.parametrize("axis", ["out", "in", "tensor", (0,)], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_nan_in_one_group_changes_no_bit_of_the_others(bad: float, axis: Any, dtypes: tuple[str, str, str]) -> None:
+    for option, project in (("sgd.nesterov.wd", "rescale"), ("adam.all", "shrink"), ("adamw", "rescale")):
+        tensors = [TensorCase((6, 5, 3, 3), axis), TensorCase((9, 33), axis), TensorCase((4,), None)]
+        case = simple(option, dtypes, *tensors, project=project)
+        clean, dirty = run(case.build()), case.build()
+        dirty.grads[0][2, 1, 1, 1] = bad
+        dirty.params[1][3, 4] = bad
+        run(dirty)
+        for i, spot in enumerate([(2, 1, 1, 1), (3, 4)]):
+            dims = dims_of(axis, len(spot)) or ()
+            others = torch.ones(dirty.params[i].shape, dtype=torch.bool)
+            others[tuple(slice(None) if dim in dims else k for dim, k in enumerate(spot))] = False
+            left = {"param": clean.params[i], **clean.states_of(i)}
+            right = {"param": dirty.params[i], **dirty.states_of(i)}
+            for name, tensor in left.items():
+                assert torch.equal(tensor[others], right[name][others])
+                assert int((~right[name].isfinite()).sum()) <= 1
+            assert not bool(dirty.params[i][spot].isfinite())
+        assert torch.equal(clean.params[2], dirty.params[2])
+
+
+def test_a_workspace_changes_no_bit() -> None:
+    for case in select(20000, every=6):
+        without = run(case.build())
+        for size in (0, 10, 100_000):
+            call = case.build()
+            call.workspace = torch.full((size,), math.nan)
+            assert same(everything(run(call)), everything(without)), case.id
+
+
+# ---- torch.library --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "dtypes"),
+    [
+        *(("adamw.ams", dtypes) for dtypes in DTYPES),
+        *((name, DTYPES[0]) for name in ("sgd", "sgd.nesterov.wd", "adam")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_opcheck_step(option: str, dtypes: tuple[str, str, str]) -> None:
+    tensors = TensorCase((8, 6)), TensorCase((4, 3, 3, 3), "in", ("cl", "cl", "cl")), TensorCase((5,), None)
+    for more in ({}, {"grad_scale": 2.0, "found_inf": 0.0, "lr_tensor": "float32"}):
+        call = simple(option, dtypes, *tensors, **more).build()
+        if call.measured is not None:
+            call.measured.zero_()  # opcheck compares what is written, and a NaN equals nothing
+        plain = [argument.clone() if isinstance(argument, Tensor) else argument for argument in call.args()]
+        plain = [[t.clone() for t in a] if isinstance(a, list) and a and isinstance(a[0], Tensor) else a for a in plain]
+        torch.library.opcheck(torch.ops.fastwrs.step.default, tuple(plain))
+
+
+@pytest.mark.parametrize("dtype", LOW.values(), ids=list(LOW))
+def test_opcheck_projection(dtype: torch.dtype) -> None:
+    tensors = [torch.randn(8, 6).to(dtype), torch.randn(4, 3, 3, 3).to(dtype, memory_format=torch.channels_last)]
+    torch.library.opcheck(torch.ops.fastwrs.rescale_.default, (tensors, [2, -1], 0.5))
+    out = torch.zeros(9, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.library.opcheck(torch.ops.fastwrs.channel_norms.default, (tensors, [2, -1], out))

@@ -1,0 +1,292 @@
+"""Planning: once while nothing changes, again when something does; and the seam in front of the launch."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastwrs
+from fastwrs import dispatch
+from fastwrs.optim import base
+from fastwrs.plan import StepCall, overlapping, overlaps_itself
+
+pytestmark = pytest.mark.cpu
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+    for name, reason in fastwrs.backends().items()
+    if name in ("cpu", "reference")
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("FASTWRS_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """One entry per plan that was built."""
+    made: list[Any] = []
+
+    def counted(*args: Any) -> Any:
+        made.append(build(*args))
+        return made[-1]
+
+    build = base.build
+    monkeypatch.setattr(base, "build", counted)
+    return made
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[StepCall, bool]]:
+    """Stubs the launch; one entry per call."""
+    seen: list[tuple[StepCall, bool]] = []
+    monkeypatch.setattr(dispatch, "launch", lambda _, call, dry_run=False: seen.append((call, dry_run)))
+    return seen
+
+
+def model(count: int = 4, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    params = [nn.Parameter(torch.randn(3, 4, dtype=dtype)) for _ in range(count)]
+    for param in params:
+        param.grad = torch.randn(3, 4, dtype=dtype)
+    return params
+
+
+@pytest.mark.usefixtures("backend")
+def test_one_plan_serves_many_steps(builds: list[Any]) -> None:
+    params = model()
+    optimizer = fastwrs.AdamW(params, rescale=fastwrs.Rescale())
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for _ in range(5):
+        for param in params:
+            param.grad = torch.randn(3, 4)
+        optimizer.step()
+        scheduler.step()
+    assert len(builds) == 1
+    assert optimizer.state[params[0]]["step"].item() == 5
+
+
+def drop_a_gradient(_optimizer: Any, params: list[nn.Parameter]) -> None:
+    params[1].grad = None
+
+
+def change_momentum(optimizer: Any, _params: list[nn.Parameter]) -> None:
+    optimizer.param_groups[0]["momentum"] = 0.0
+
+
+def change_rescale(optimizer: Any, _params: list[nn.Parameter]) -> None:
+    optimizer.param_groups[0]["rescale"] = fastwrs.Rescale(axis="tensor")
+
+
+def replace_state_dict(optimizer: Any, params: list[nn.Parameter]) -> None:
+    optimizer.state[params[1]] = {"step": torch.tensor(7.0), "momentum_buffer": torch.ones(3, 4)}
+
+
+def drop_states(optimizer: Any, _params: list[nn.Parameter]) -> None:
+    optimizer.state.clear()
+
+
+def drop_one_state(optimizer: Any, params: list[nn.Parameter]) -> None:
+    del optimizer.state[params[2]]["momentum_buffer"]
+
+
+def replace_parameter(optimizer: Any, params: list[nn.Parameter]) -> None:
+    params[1] = optimizer.param_groups[0]["params"][1] = nn.Parameter(torch.ones(3, 4))
+    params[1].grad = torch.ones(3, 4)
+
+
+def add_group(optimizer: Any, params: list[nn.Parameter]) -> None:
+    extra = nn.Parameter(torch.ones(5))
+    extra.grad = torch.ones(5)
+    params.append(extra)
+    optimizer.add_param_group({"params": [extra]})
+
+
+CHANGES = [
+    drop_a_gradient,
+    change_momentum,
+    change_rescale,
+    replace_state_dict,
+    drop_states,
+    drop_one_state,
+    replace_parameter,
+    add_group,
+]
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_is_seen_and_acted_upon(change: Any, builds: list[Any]) -> None:
+    """After the change the step does what an optimizer does that has never had another plan."""
+    params = model()
+    optimizer = fastwrs.SGD(params, lr=0.1, momentum=0.9, dampening=0.3)
+    optimizer.step()
+    optimizer.step()
+    change(optimizer, params)
+    twins = [nn.Parameter(param.detach().clone()) for param in params]
+    for twin, param in zip(twins, params, strict=True):
+        twin.grad = None if param.grad is None else param.grad.clone()
+    mapped: dict[torch.Tensor, nn.Parameter] = dict(zip(params, twins, strict=True))
+    other = fastwrs.SGD([{**group, "params": [mapped[p] for p in group["params"]]} for group in optimizer.param_groups])
+    for param, state in optimizer.state.items():
+        if param in mapped:  # a replaced one is not
+            other.state[mapped[param]] = {key: value.clone() for key, value in state.items()}
+    seen = len(builds)
+    optimizer.step()
+    assert len(builds) == seen + 1
+    other.step()
+    for param, twin in zip(params, twins, strict=True):
+        assert torch.equal(param, twin)
+        assert optimizer.state[param].keys() == other.state[twin].keys()
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_gradient_that_appears_is_seen(builds: list[Any]) -> None:
+    params = model()
+    params[2].grad = None
+    optimizer = fastwrs.AdamW(params)
+    optimizer.step()
+    optimizer.step()
+    assert len(builds) == 1
+    assert params[2] not in optimizer.state
+    params[2].grad = torch.ones(3, 4)
+    optimizer.step()
+    assert len(builds) == 2
+    assert [optimizer.state[param]["step"].item() for param in params] == [3, 3, 1, 3]
+
+
+@pytest.mark.usefixtures("backend")
+def test_rebound_data_and_exchanged_state_are_used(builds: list[Any]) -> None:
+    """Tensors are gathered anew in each step, so this needs no new plan."""
+    params = model()
+    optimizer = fastwrs.SGD(params, lr=0.5, momentum=0.5)
+    optimizer.step()
+    old = params[1].data
+    params[1].data = torch.full((3, 4), 2.0)
+    params[1].grad = torch.ones(3, 4)
+    optimizer.state[params[1]]["momentum_buffer"] = torch.full((3, 4), 6.0)
+    kept = old.clone()
+    optimizer.step()
+    assert torch.equal(old, kept)
+    assert torch.equal(params[1].detach(), torch.full((3, 4), 2.0 - 0.5 * (0.5 * 6 + 1)))
+    assert len(builds) == 1
+
+
+@pytest.mark.usefixtures("backend")
+def test_data_of_another_dtype_is_refused_by_the_kernel_and_planned_again(builds: list[Any]) -> None:
+    params = model()
+    optimizer = fastwrs.AdamW(params)
+    optimizer.step()
+    params[2].grad = None
+    params[2].data = params[2].data.bfloat16()
+    params[2].grad = torch.ones(3, 4, dtype=torch.bfloat16)
+    optimizer.step()  # bf16 with its fp32 states is a bundle of its own now
+    assert len(builds) == 2
+    assert len(builds[-1].bundles) == 2
+    assert [optimizer.state[param]["step"].item() for param in params] == [2, 2, 2, 2]
+    optimizer.step()
+    assert len(builds) == 2
+
+
+def test_an_error_of_the_launch_is_raised_when_a_new_plan_would_be_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = model()
+    optimizer = fastwrs.AdamW(params)
+    optimizer.step()
+    calls = []
+
+    def failing(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        raise RuntimeError("the device fell off")
+
+    monkeypatch.setattr(dispatch, "launch", failing)
+    with pytest.raises(RuntimeError, match="the device fell off"):
+        optimizer.step()
+    assert len(calls) == 1
+
+
+def test_several_bundles_are_all_checked_before_one_is_written(launches: list[tuple[StepCall, bool]]) -> None:
+    params = [*model(2), *model(2, torch.float64)]
+    optimizer = fastwrs.AdamW(params)
+    optimizer.step()
+    assert [dry for _, dry in launches] == [True, True, False, False]
+    assert [len(call.params) for call, _ in launches] == [2, 2, 2, 2]
+
+
+def test_groups_with_the_same_slots_share_a_launch(launches: list[tuple[StepCall, bool]]) -> None:
+    params = model(6)
+    groups = [
+        {"params": params[:2], "rescale": fastwrs.Rescale(every=3, axis="in", target=2.0, start=4, stop=9)},
+        {"params": params[2:4], "lr": torch.tensor([0.25])},
+        {"params": params[4:], "shrink": fastwrs.Shrink(0.2, axis="tensor", power=0.5), "weight_decay": 0.3},
+    ]
+    optimizer = fastwrs.AdamW(groups, lr=0.1, betas=(0.8, 0.9), eps=1e-6, maximize=True)
+    optimizer.step()
+    ((call, dry),) = launches
+    assert not dry
+    assert call.groups == [0, 0, 1, 1, 2, 2]
+    assert call.axes == [0b10, 0b10, 0, 0, -1, -1]
+    assert [lr.item() for lr in call.lrs] == [0.25]
+    assert call.states[0] is optimizer.state[params[0]]["exp_avg"]
+    assert call.states[7] is optimizer.state[params[1]]["exp_avg_sq"]
+    record = [hyper.name for hyper in fastwrs.AdamW.rule.record]
+    rows = [
+        dict(zip(record, call.hyper[k : k + len(record)], strict=True)) for k in range(0, len(call.hyper), len(record))
+    ]
+    rest = {"maximize": 1, "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "decoupled_weight_decay": 1}
+    off = {"every": 0, "start": 0, "stop": float("inf"), "target": 1, "rate": 0, "power": 1}
+    window = {"every": 3, "start": 4, "stop": 9, "target": 2}
+    assert rows == [
+        {**rest, **off, **window, "lr": 0.1, "lr_tensor": -1, "weight_decay": 0.01},
+        {**rest, **off, "lr": 0.0, "lr_tensor": 0, "weight_decay": 0.01},
+        {**rest, **off, "rate": 0.2, "power": 0.5, "lr": 0.1, "lr_tensor": -1, "weight_decay": 0.3},
+    ]
+
+
+def test_nothing_to_do_launches_nothing(launches: list[tuple[StepCall, bool]]) -> None:
+    params = model()
+    optimizer = fastwrs.AdamW(params)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert not launches
+    assert not optimizer.state
+
+
+@pytest.mark.usefixtures("launches")
+def test_options_do_not_make_the_host_side_slower() -> None:
+    """The host side with every option set, against none, in one run; best of several, so that noise does not decide."""
+
+    def best(**options: Any) -> float:
+        optimizer = fastwrs.AdamW(model(161), **options)
+        optimizer.step()
+        times = []
+        for _ in range(30):
+            start = time.perf_counter()
+            optimizer.step()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    plain = best()
+    loaded = best(rescale=fastwrs.Rescale(every=3), shrink=fastwrs.Shrink(0.1), weight_decay=0.3, maximize=True)
+    assert loaded < 1.5 * plain
+
+
+def test_overlapping_finds_shared_elements_only() -> None:
+    matrix = torch.zeros(4, 6)
+    assert overlapping([matrix[:, :3], matrix[:, 3:], torch.zeros(4)]) is None
+    assert overlapping([torch.zeros(4), matrix[:, :4], torch.zeros(2), matrix[:, 3:]]) == (1, 3)
+    assert overlapping([matrix[:2], matrix[2:]]) is None
+    assert overlapping([matrix, matrix.t()]) == (0, 1)
+    assert overlapping([matrix[:0], matrix]) is None
+
+
+def test_overlaps_itself() -> None:
+    assert overlaps_itself(torch.zeros(1).expand(3))
+    assert overlaps_itself(torch.zeros(8).as_strided((3, 3), (2, 1)))
+    assert not overlaps_itself(torch.zeros(3, 4)[:, ::2])
+    assert not overlaps_itself(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    assert not overlaps_itself(torch.zeros(1, 5).expand(1, 5))

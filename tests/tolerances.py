@@ -1,0 +1,261 @@
+"""How far a kernel may be from the oracle. This file is the whole policy; no test has a tolerance of its own.
+
+**Derived, not tuned.** The truth is the oracle in fp64, run from the stored inputs. The *loss* of a tensor is the
+largest error of its elements in ulps of the type that it is stored in. A kernel may lose twice what the oracle's own
+formula loses when it is run in the kernel's compute type with the same final rounding, plus 1.
+
+**Ulps of what.** Of the largest number that an element's result is a sum of: a sum cannot be better than its terms.
+
+- A parameter: ``max(|w before|, |w after|, |lr * u|)``.
+- A state: ``max(|before|, |after of the magnitudes|)``, where the second is the state that the oracle computes from the
+  absolute values of all inputs without ``maximize``. Nothing cancels there, so it bounds every term: in
+  ``beta1 * m + (1 - beta1) * g`` the gradient may cancel the moment, and with coupled weight decay ``g`` is itself the
+  sum of a gradient and a weight.
+- An unscaled gradient: itself. Without ``grad_scale`` it has to be what it was.
+- What is measured: norms like the things that they are norms of (see ``_measured_scales``). They get the bound on norms
+  of ``NORM_BOUND`` on top, because the oracle's formula sums squares in fp64 and so loses nothing there.
+
+**Small tensors.** The loss of the formula on a handful of numbers is a matter of luck. It is taken over a crowd: copies
+of the inputs, each number moved by up to 3 %, until there are some thousand elements.
+
+**fp64.** Ulps are scale free: the formula's loss is measured in fp32 on inputs rounded to fp32, and counted in ulps of
+fp64. NaN and infinities have to be where the truth has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from cases import Call, one_thread
+from torch import Tensor
+
+from fastwrs import reference
+from fastwrs.spec import MEASURED
+
+NORM_BOUND = {torch.float64: 3e-7 * 2.0**-29, torch.float32: 3e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+"""After a rescale a norm may differ from its target by this much, relative; fp64 has as many ulps as fp32."""
+RESCALED_TWICE_ULPS = 6
+"""Rescaling what is rescaled already moves no fp32 element by more."""
+
+CROWD, MOST_COPIES, SPREAD = 4096, 1024, 2.0**-5
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One tensor's step, as the oracle takes it."""
+
+    rule: str
+    param: Tensor
+    grad: Tensor
+    states: dict[str, Tensor]
+    t: int
+    first: bool
+    lr: float
+    hyper: Mapping[str, float]
+    dims: tuple[int, ...] | None
+    grad_scale: float | None = None
+
+    def run(self, dtype: torch.dtype) -> reference.Result:
+        """The oracle's step in this type."""
+        options = {k: v for k, v in vars(self).items() if k not in ("rule", "param", "grad", "states")}
+        return reference.step(self.rule, self.param, self.grad, self.states, dtype=dtype, **options)
+
+
+def snapshot(call: Call) -> list[Inputs]:
+    """Copies of everything that a call is about to change, one entry per tensor."""
+    inputs = []
+    for i, tensor in enumerate(call.case.tensors):
+        hyper = call.case.hyper(tensor.row)
+        inputs.append(
+            Inputs(
+                rule=call.rule,
+                param=call.params[i].clone(),
+                grad=call.grads[i].clone(),
+                states={name: state.clone() for name, state in call.states_of(i).items()},
+                t=tensor.t,
+                first=tensor.t == 1 or tensor.fresh,
+                lr=float(call.lrs[tensor.row]) if call.lrs else hyper["lr"],
+                hyper=hyper,
+                dims=tensor.dims,
+                grad_scale=None if call.grad_scale is None else float(call.grad_scale),
+            )
+        )
+    return inputs
+
+
+def outputs(call: Call, i: int) -> dict[str, Tensor]:
+    """What the call has left in tensor i, as ``check`` takes it."""
+    measured = call.measured_of(i)
+    found = {"param": call.params[i], "grad": call.grads[i], **call.states_of(i)}
+    return found if measured is None else found | {"measured": measured}
+
+
+def check_call(before: list[Inputs], call: Call) -> float:
+    """Checks every tensor of a call; returns the largest loss as a share of its budget."""
+    return max((check(inputs, outputs(call, i), f"tensor {i}: ") for i, inputs in enumerate(before)), default=0.0)
+
+
+@one_thread()
+def check(inputs: Inputs, got: Mapping[str, Tensor], where: str = "") -> float:
+    """Raises AssertionError unless param, grad, states and measured (if given) are within the budget.
+
+    Returns the largest loss as a share of its budget.
+    """
+    missing = {"param", "grad", *inputs.states} - set(got)
+    assert not missing, f"{where}nothing to check for {sorted(missing)}"
+    if inputs.grad_scale is None and not _same(got["grad"], inputs.grad):
+        raise AssertionError(f"{where}the gradient was changed though there is no grad_scale")
+
+    truth, scales = _truth(inputs)
+    budgets = _budgets(inputs)
+    worst = 0.0
+    for name, tensor in got.items():
+        assert tensor.shape == truth[name].shape, f"{where}{name} has shape {tuple(tensor.shape)}"
+        if not tensor.numel():
+            continue
+        loss = _loss(tensor, truth[name], scales[name], tensor.dtype)
+        allowed = torch.full_like(loss, budgets[name])
+        if name == "measured":
+            allowed += _norm_slack(inputs) * scales[name] / ulp(scales[name], torch.float32)
+        share = loss / allowed
+        place = int(share.argmax())
+        worst = max(worst, float(share.flatten()[place]))
+        if not float(share.flatten()[place]) <= 1:
+            index = tuple(int(k) for k in torch.unravel_index(torch.tensor(place), tensor.shape))
+            column = f" ({MEASURED[index[1]]})" if name == "measured" else ""
+            raise AssertionError(
+                f"{where}{name}{list(index)}{column} is {float(loss[index]):.3g} ulps off, "
+                f"{float(allowed[index]):.3g} are allowed: got {float(tensor[index])!r}, the truth is "
+                f"{float(truth[name][index])!r}; {int((~(share <= 1)).sum())} of {tensor.numel()} are wrong"
+            )
+    return worst
+
+
+def norm_deviation(tensor: Tensor, dims: tuple[int, ...], target: float) -> float:
+    """The largest relative difference between a group's norm (in fp64) and the target; 0 if there are no groups."""
+    norms = tensor.double().square().sum(dim=dims).sqrt()
+    return float((norms / target - 1).abs().max()) if norms.numel() else 0.0
+
+
+def check_norms(got: Tensor, tensor: Tensor, dims: tuple[int, ...]) -> None:
+    """Raises AssertionError unless ``got`` are the norms of the tensor, within ``NORM_BOUND`` of the compute type."""
+    truth = tensor.double().square().sum(dim=dims).sqrt()
+    assert got.shape == truth.shape, f"norms of shape {tuple(got.shape)}, {tuple(truth.shape)} expected"
+    error = (got.double() / truth - 1).abs()[truth > 0]
+    assert not bool((got[truth == 0] != 0).any()), "the norm of zeros is not zero"
+    worst = float(error.max()) if error.numel() else 0.0
+    assert worst <= NORM_BOUND[got.dtype], f"a norm is off by {worst:.3g}, {NORM_BOUND[got.dtype]:.3g} are allowed"
+
+
+def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """The spacing of ``dtype`` at a magnitude, in fp64; that of the subnormal numbers below the normal ones."""
+    info = torch.finfo(dtype)
+    smallest = max(info.tiny * info.eps, 5e-324)
+    _, exponent = torch.frexp(magnitude.double())  # magnitude = mantissa * 2**exponent, mantissa in [0.5, 1)
+    spacing = torch.ldexp(torch.full_like(exponent, info.eps, dtype=torch.float64), exponent - 1)
+    return torch.where(magnitude == 0, smallest, spacing.clamp(min=smallest))
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return torch.equal(left.nan_to_num(nan=-12345.0), right.nan_to_num(nan=-12345.0))
+
+
+def _loss(got: Tensor, truth: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Errors in ulps of the scale; infinite where only one of the two is finite, or where infinities differ."""
+    got = got.double()
+    error = (got - truth).abs() / ulp(scale, dtype)
+    error = torch.where(got.isfinite() & truth.isfinite(), error, math.inf)
+    return torch.where((got == truth) | (got.isnan() & truth.isnan()), 0.0, error)
+
+
+def _truth(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What is right, in fp64, and the magnitudes whose ulps count, by name."""
+    right = inputs.run(torch.float64)
+    summed = replace(
+        inputs,
+        param=inputs.param.abs(),
+        grad=inputs.grad.abs(),
+        states={name: state.abs() for name, state in inputs.states.items()},
+        hyper={**inputs.hyper, "maximize": 0},
+    ).run(torch.float64)
+    before = {"param": inputs.param, **inputs.states}
+    truth = {"param": right.param, "grad": right.grad, **right.states}
+    scales = {name: _largest(before[name], summed.states[name]) for name in inputs.states}
+    scales["param"] = _largest(inputs.param, right.param, inputs.lr * right.update)
+    scales["grad"] = right.grad.abs()
+    if right.measured is not None and summed.measured is not None:
+        truth["measured"] = right.measured
+        scales["measured"] = _measured_scales(right.measured, summed.measured, inputs.lr)
+    return truth, scales
+
+
+def _largest(*tensors: Tensor) -> Tensor:
+    """The largest magnitude, where a NaN (poison that the step does not read) does not count."""
+    largest = tensors[0].double().abs()
+    for tensor in tensors[1:]:
+        largest = torch.fmax(largest, tensor.double().abs())
+    return largest
+
+
+def _measured_scales(right: Tensor, summed: Tensor, lr: float) -> Tensor:
+    """A norm is as good as the numbers that it is a norm of: the update's terms, and weights before and after them."""
+    scale = dict(zip(MEASURED, right.unbind(1), strict=True))
+    update = summed[:, MEASURED.index("update_norm")]
+    weights = _largest(scale["norm_before"], scale["norm_updated"], scale["norm_after"], lr * update)
+    scale["rescale_factor"] = scale["rescale_factor"] * (weights / scale["norm_updated"]).nan_to_num(nan=1.0)
+    scale["effective_grad_norm"] = update / scale["norm_before"]
+    scale |= {"norm_updated": weights, "norm_after": weights, "update_norm": update}
+    scale["shrink_factor"] = torch.ones_like(update)
+    return torch.stack([scale[name] for name in MEASURED], dim=1).nan_to_num(nan=1.0, posinf=1.0)
+
+
+def _norm_slack(inputs: Inputs) -> Tensor:
+    """Per column: the bound on norms in the compute type, or in that of the stored values where these may be taken."""
+    of_weights = ("norm_updated", "norm_after", "rescale_factor")
+    rounded: dict[str, torch.dtype] = dict.fromkeys(of_weights, inputs.param.dtype)
+    if inputs.grad_scale is not None:  # "as the user sees it"
+        rounded["grad_norm"] = inputs.grad.dtype
+    # what is measured is stored in fp32, for fp64 too
+    bounds = [max(NORM_BOUND[torch.float32], NORM_BOUND[rounded.get(name, torch.float32)]) for name in MEASURED]
+    return torch.tensor(bounds, dtype=torch.float64)
+
+
+def _budgets(inputs: Inputs) -> dict[str, float]:
+    """Ulps that a kernel may lose, by name: twice the loss of the oracle's formula in the compute type, plus 1."""
+    crowd = _crowd(inputs)
+    formula = crowd.run(torch.float32)
+    truth, scales = _truth(crowd)
+    stored = {"param": crowd.param.dtype, "grad": crowd.grad.dtype, "measured": torch.float32}
+    stored |= {name: state.dtype for name, state in crowd.states.items()}
+    found = {"param": formula.param, "grad": formula.grad, **formula.states}
+    if formula.measured is not None:
+        found["measured"] = formula.measured
+    budgets = {}
+    for name, tensor in found.items():
+        loss = _loss(tensor.to(stored[name]), truth[name], scales[name], stored[name])
+        budgets[name] = 2 * float(loss[loss.isfinite()].max() if loss.isfinite().any() else 0.0) + 1
+    return budgets
+
+
+def _crowd(inputs: Inputs) -> Inputs:
+    """Copies of small inputs, each number a little off, along a new first dimension; fp64 becomes fp32."""
+    copies = min(MOST_COPIES, math.ceil(CROWD / max(1, inputs.param.numel())))
+    generator = torch.Generator().manual_seed(1)
+
+    def spread(tensor: Tensor) -> Tensor:
+        dtype = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
+        if copies == 1:
+            return tensor.unsqueeze(0).to(dtype)
+        moved = 1 + SPREAD * (2 * torch.rand((copies, *tensor.shape), generator=generator, dtype=torch.float64) - 1)
+        return (moved * tensor.double()).to(dtype)
+
+    return replace(
+        inputs,
+        param=spread(inputs.param),
+        grad=spread(inputs.grad),
+        states={name: spread(state) for name, state in inputs.states.items()},
+        dims=None if inputs.dims is None else tuple(dim + 1 for dim in inputs.dims),
+    )
