@@ -25,6 +25,7 @@ class Ratio:
 
     @classmethod
     def of(cls, numerators: list[float], denominators: list[float]) -> Ratio:
+        """The two series, sample by sample."""
         ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4)
         return cls(median, low, high)

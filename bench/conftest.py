@@ -36,7 +36,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.fixture
 def rounds(request: pytest.FixtureRequest) -> int:
-    return request.config.getoption("--rounds")
+    return int(request.config.getoption("--rounds"))  # type: ignore[arg-type]
 
 
 @pytest.fixture

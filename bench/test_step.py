@@ -38,6 +38,7 @@ class Comparison:
         return "" if self.target is None else f"{'>=' if self.inverse else '<='} {self.target:.2f}"
 
     def met(self, ratio: float) -> bool:
+        """Whether the ratio reaches the target."""
         assert self.target is not None
         return ratio >= self.target if self.inverse else ratio <= self.target
 
@@ -51,8 +52,12 @@ COMPARISONS = (
     Comparison("resnet50 torch fused + loop / SGD+WRS", "SGD", BIG, rival=LOOP, inverse=True, target=1.5),
     Comparison("resnet50 AdamW+WRS(IC) / torch fused", "AdamW", BIG, axis="in", target=1.1),
     Comparison("resnet50 SGD+WRS(IC) / torch fused", "SGD", BIG, axis="in", target=1.1),
-    Comparison("resnet50 AdamW+WRS(IC), channels_last / torch fused", "AdamW", BIG, axis="in", channels_last=True, target=1.1),
-    Comparison("resnet50 SGD+WRS(IC), channels_last / torch fused", "SGD", BIG, axis="in", channels_last=True, target=1.1),
+    Comparison(
+        "resnet50 AdamW+WRS(IC), channels_last / torch fused", "AdamW", BIG, axis="in", channels_last=True, target=1.1
+    ),
+    Comparison(
+        "resnet50 SGD+WRS(IC), channels_last / torch fused", "SGD", BIG, axis="in", channels_last=True, target=1.1
+    ),
     Comparison("2,000 tiny AdamW+WRS / torch fused", "AdamW", TINY, target=0.6, repeat=5),
     Comparison("2,000 tiny SGD+WRS / torch fused", "SGD", TINY, target=0.6, repeat=5),
     Comparison("resnet50 AdamW / torch fused", "AdamW", BIG, axis=None),
@@ -75,7 +80,8 @@ def test_step(case: Comparison, benchmark, record, rounds):
     ours, theirs = (compare.make_params(case.shapes(), case.channels_last) for _ in range(2))
     our_step = compare.ours(case.rule, ours, case.axis)
     their_step = case.rival(case.rule, theirs)
-    our_step(), their_step()
+    our_step()
+    their_step()
     check(ours, theirs, case.axis)
 
     warmup = 3

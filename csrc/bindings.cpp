@@ -22,7 +22,8 @@ using torch::stable::detail::to;
 
 // The common part of a hyperparameter record; fastwrs/spec.py names the same in the same order.
 enum Common { kLr, kLrTensor, kMaximize, kEvery, kStart, kStop, kTarget, kRate, kPower, kCommon };
-constexpr const char* kCommonNames[] = {"lr", "lr_tensor", "maximize", "every", "start", "stop", "target", "rate", "power"};
+constexpr const char* kCommonNames[] = {"lr",   "lr_tensor", "maximize", "every", "start",
+                                        "stop", "target",    "rate",     "power"};
 static_assert(sizeof(kCommonNames) / sizeof(kCommonNames[0]) == kCommon, "names and numbers of the common record");
 constexpr int64_t kMeasured = 8;
 
@@ -254,8 +255,17 @@ cpu::TensorStep tensor_step(const StepArgs& a, int64_t i, int64_t record, const 
   if (step.numel != 1 || step.dtype != Dtype::kFloat32) fail("steps[", i, "] must hold one float32");
   if (h[kLrTensor] >= double(lrs.size())) fail("lr_tensor ", h[kLrTensor], " but there are ", lrs.size(), " lrs");
   const double lr = h[kLrTensor] < 0 ? h[kLr] : lrs[size_t(h[kLrTensor])];
-  return {static_cast<float*>(step.data), h + kCommon, lr,         h[kMaximize] != 0, false,    h[kEvery],
-          h[kStart],                      h[kStop],    h[kTarget], h[kRate],          h[kPower]};
+  return {static_cast<float*>(step.data),
+          h + kCommon,
+          lr,
+          h[kMaximize] != 0,
+          false,
+          h[kEvery],
+          h[kStart],
+          h[kStop],
+          h[kTarget],
+          h[kRate],
+          h[kPower]};
 }
 
 void step(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
@@ -310,7 +320,8 @@ void step(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
       add_array(view, state);
     }
     if (i == 0) job.dtypes = dtypes;
-    if (!cpu::triple_allowed(dtypes)) fail("params[", i, "]: dtypes of parameter, gradient and state do not go together");
+    if (!cpu::triple_allowed(dtypes))
+      fail("params[", i, "]: dtypes of parameter, gradient and state do not go together");
     if (dtypes.param != job.dtypes.param || dtypes.grad != job.dtypes.grad || dtypes.state != job.dtypes.state) {
       fail("params[", i, "] and params[0] have different dtypes; one call takes one dtype triple");
     }
@@ -382,10 +393,10 @@ void channel_norms(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
 void rules(StableIValue* stack, uint64_t, uint64_t) {
   std::string text = "common:";
   for (const char* name : kCommonNames) text += std::string(" ") + name;
-#define FASTWRS_RULE(Rule)                                             \
-  text += std::string("\n") + Rule::kName + ":";                       \
+#define FASTWRS_RULE(Rule)                                                \
+  text += std::string("\n") + Rule::kName + ":";                          \
   for (const char* name : Rule::kHypers) text += std::string(" ") + name; \
-  text += " |";                                                        \
+  text += " |";                                                           \
   for (const char* name : Rule::kSlots) text += std::string(" ") + name;
   FASTWRS_RULES(FASTWRS_RULE)
 #undef FASTWRS_RULE
@@ -407,7 +418,8 @@ void cpu_isa(StableIValue* stack, uint64_t, uint64_t) {
 STABLE_TORCH_LIBRARY(fastwrs, m) {
   m.def(
       "step(str rule, Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] states, Tensor(d!)[] steps, float[] hyper, "
-      "int[] groups, int[] axes, int[] fresh, Tensor[] lrs, Tensor? grad_scale, Tensor? found_inf, Tensor(e!)? measured, "
+      "int[] groups, int[] axes, int[] fresh, Tensor[] lrs, Tensor? grad_scale, Tensor? found_inf, Tensor(e!)? "
+      "measured, "
       "Tensor(f!)? workspace, bool dry_run=False) -> ()");
   m.def("rescale_(Tensor(a!)[] tensors, int[] axes, float target) -> ()");
   m.def("channel_norms(Tensor[] tensors, int[] axes, Tensor(a!) out) -> ()");
@@ -428,6 +440,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastwrs, CompositeExplicitAutograd, m) {
 
 // Importing the module loads the library; the ops above are all that it has.
 extern "C" PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

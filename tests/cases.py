@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -235,6 +235,45 @@ class Call:
             return None
         counts = [group_count(tensor) for tensor in self.case.tensors]
         return self.measured[sum(counts[:i]) : sum(counts[: i + 1])]
+
+    def written(self) -> list[Tensor]:
+        """Copies of all that a step may write, with the memory around it, as bytes."""
+        measured = [] if self.measured is None else [self.measured]
+        return [bits(tensor) for tensor in [*(buffer for buffer, _ in self.buffers), *self.steps, *measured]]
+
+    def around(self) -> list[Tensor]:
+        """Copies of the memory around and between the elements, as bytes."""
+        found = []
+        for buffer, tensor in self.buffers:
+            copy = buffer.clone()
+            copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).zero_()
+            found.append(bits(copy))
+        return found
+
+    def run_part(self, ks: Sequence[int], op: Callable[..., None]) -> None:
+        """The step of tensors ``ks``, in this order, as a call of its own."""
+        n, rows = len(self.params), [row for row in map(self.measured_of, ks) if row is not None]
+        part = replace(
+            self,
+            **{name: [getattr(self, name)[k] for k in ks] for name in ("params", "grads", "steps", "groups", "axes")},
+            states=[self.states[s * n + k] for s in range(len(self.case.slots)) for k in ks],
+            fresh=[i for i, k in enumerate(ks) if k in self.fresh],
+            measured=None if self.measured is None else self.measured.new_full((sum(map(len, rows)), 8), math.nan),
+        )
+        op(*part.args())
+        if part.measured is not None:
+            for row, values in zip(rows, part.measured.split([len(row) for row in rows]), strict=True):
+                row.copy_(values)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A copy of the bytes of a tensor, whatever its strides; a NaN equals the same NaN."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    """Whether two lists of tensors are equal."""
+    return all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
 
 
 def group_count(tensor: TensorCase) -> int:

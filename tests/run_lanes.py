@@ -56,8 +56,19 @@ def lint() -> int:
     return max([call(scripts / name, *arguments) for name, *arguments in checks])
 
 
+def sanitizer_environment() -> dict[str, str]:
+    """What a process needs that loads an extension built with sanitizers."""
+    assert COMPILER is not None
+    libraries = [output(COMPILER, f"-print-file-name={name}") for name in ("libasan.so", "libubsan.so")]
+    return {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself keeps memory until it exits
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    }
+
+
 def sanitizers() -> int:
-    """Builds the package into a folder of its own and runs against it; the preload is what AddressSanitizer asks for."""
+    """Builds the package into a folder of its own and runs against it."""
     assert COMPILER is not None
     failed = call(
         *(sys.executable, "setup.py", "-q", "build_py", "--build-lib", SANITIZED / "lib"),
@@ -70,14 +81,7 @@ def sanitizers() -> int:
     if b"__asan_report" not in (SANITIZED / "lib" / "fastwrs" / "_C.abi3.so").read_bytes():
         print("the extension was built without AddressSanitizer", file=sys.stderr)
         return 1
-    libraries = [output(COMPILER, f"-print-file-name={name}") for name in ("libasan.so", "libubsan.so")]
-    return pytest_(
-        "sanitize",
-        PYTHONPATH=str(SANITIZED / "lib"),
-        LD_PRELOAD=" ".join(libraries),
-        ASAN_OPTIONS="detect_leaks=0",  # Python itself keeps memory until it exits
-        UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1",
-    )
+    return pytest_("sanitize", PYTHONPATH=str(SANITIZED / "lib"), **sanitizer_environment())
 
 
 LATER = "emulated or compiled or interpreted or triton_compiled or gpu"

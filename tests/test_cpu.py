@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,12 @@ from cases import (
     Case,
     TensorCase,
     axes_for,
+    bits,
     dims_of,
     mask_of,
     one_thread,
     place,
+    same,
     select,
 )
 from tolerances import NORM_BOUND, Inputs
@@ -37,7 +38,7 @@ from fastwrs import library
 
 pytestmark = pytest.mark.cpu
 
-LOW = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+FLOATS = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,31 +58,6 @@ def run(call: Call) -> Call:
     return call
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """A copy of the bytes of a tensor, whatever its strides; a NaN equals the same NaN."""
-    return tensor.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
-
-
-def everything(call: Call) -> list[Tensor]:
-    """All that a step may write, gaps and guards included, as bytes."""
-    measured = [] if call.measured is None else [call.measured]
-    return [bits(tensor) for tensor in [*(buffer for buffer, _ in call.buffers), *call.steps, *measured]]
-
-
-def same(left: list[Tensor], right: list[Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
-
-
-def outside(call: Call) -> list[Tensor]:
-    """The bytes around and between the elements of every tensor."""
-    found = []
-    for buffer, tensor in call.buffers:
-        around = buffer.clone()
-        around.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).zero_()
-        found.append(bits(around))
-    return found
-
-
 def simple(option: str, dtypes: tuple[str, str, str], *tensors: TensorCase, **more: Any) -> Case:
     numbers = PROJECTIONS[more.pop("project", "rescale")] | more.pop("numbers", {})
     return Case("simple", option, tensors, dtypes, (tuple(numbers.items()),), **more)
@@ -93,11 +69,11 @@ def simple(option: str, dtypes: tuple[str, str, str], *tensors: TensorCase, **mo
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_step(case: Case) -> None:
     call = case.build()
-    before, around, all_before = tolerances.snapshot(call), outside(call), everything(call)
+    before, around, all_before = tolerances.snapshot(call), call.around(), call.written()
     run(call)
-    assert same(outside(call), around), "memory that belongs to no tensor was written"
+    assert same(call.around(), around), "memory that belongs to no tensor was written"
     if case.found_inf:
-        assert same(everything(call), all_before)
+        assert same(call.written(), all_before)
     else:
         assert [float(step) for step in call.steps] == [tensor.t for tensor in case.tensors]
         tolerances.check_call(before, call)
@@ -108,18 +84,18 @@ def test_step(case: Case) -> None:
 def test_any_found_inf_skips_the_step_and_leaves_every_byte(option: str, found: float) -> None:
     tensors = TensorCase((13, 29), t=1), TensorCase((4, 3, 2, 2), "in")
     call = simple(option, DTYPES[0], *tensors, found_inf=found, grad_scale=2.0).build()
-    before = everything(call)
-    assert same(everything(run(call)), before)
+    before = call.written()
+    assert same(run(call).written(), before)
     call.found_inf = torch.tensor(0.0)
-    assert not same(everything(run(call)), before)
+    assert not same(run(call).written(), before)
 
 
 def test_dry_run_writes_nothing() -> None:
     for case in select(3000, every=9):
         call = case.build()
-        before = everything(call)
+        before = call.written()
         torch.ops.fastwrs.step(*call.args(), True)
-        assert same(everything(call), before), case.id
+        assert same(call.written(), before), case.id
 
 
 # ---- rescale_ and channel_norms -------------------------------------------------------------------------------------
@@ -141,7 +117,7 @@ def some_tensors(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Any]]:
             yield *place(values, "c" if layout == "cl" and len(shape) != 4 else layout, dtype, "cpu"), axis
 
 
-@pytest.mark.parametrize("dtype", LOW.values(), ids=list(LOW))
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=list(FLOATS))
 def test_rescale_op(dtype: torch.dtype) -> None:
     buffers, tensors, axes = map(list, zip(*some_tensors(dtype), strict=True))
     before, copies = [tensor.clone() for tensor in tensors], [buffer.clone() for buffer in buffers]
@@ -159,7 +135,7 @@ def test_rescale_op(dtype: torch.dtype) -> None:
         assert torch.equal(bits(buffer), bits(copy)), "memory that belongs to no tensor was written"
 
 
-@pytest.mark.parametrize("dtype", LOW.values(), ids=list(LOW))
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=list(FLOATS))
 def test_channel_norms_op(dtype: torch.dtype) -> None:
     buffers, tensors, axes = map(list, zip(*some_tensors(dtype), strict=True))
     copies = [buffer.clone() for buffer in buffers]
@@ -172,7 +148,7 @@ def test_channel_norms_op(dtype: torch.dtype) -> None:
     assert all(torch.equal(bits(buffer), bits(copy)) for buffer, copy in zip(buffers, copies, strict=True))
 
 
-@pytest.mark.parametrize("dtype", LOW.values(), ids=list(LOW))
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=list(FLOATS))
 @pytest.mark.parametrize("axis", ["out", "tensor", (0,)], ids=str)
 @pytest.mark.parametrize("length", [28_672, 1_000_000])
 def test_norms_after_a_rescale(length: int, axis: Any, dtype: torch.dtype) -> None:
@@ -203,7 +179,7 @@ def digests(cases: list[Case]) -> dict[str, str]:
     found = {}
     for case in cases:
         digest = hashlib.sha256()
-        for part in everything(run(case.build())):
+        for part in run(case.build()).written():
             digest.update(part.numpy().tobytes())
         found[case.id] = digest.hexdigest()
     return found
@@ -229,18 +205,19 @@ def test_threads_change_no_bit_of_long_and_of_many_tensors() -> None:
     )
     for tensors in lists:
         case = simple("adamw", DTYPES[0], *tensors)
-        alone = everything(run(case.build()))
+        alone = run(case.build()).written()
         for count in (2, 3, 8):
             call = case.build()
             torch.set_num_threads(count)
-            assert same(everything(run(call)), alone), f"{tensors[0]} on {count} threads"
+            assert same(run(call).written(), alone), f"{tensors[0]} on {count} threads"
 
 
 def test_instruction_sets_change_no_bit() -> None:
     """Each in a process of its own, as the choice is made once; only those that this processor has."""
     code = (
-        "import test_cpu, fastwrs.library as library\n"
+        "import test_cpu, torch, fastwrs.library as library\n"
         "print(library.cpu_isa())\n"
+        "torch.set_num_threads(1)\n"
         "for item in test_cpu.digests(test_cpu.CASES).items(): print(*item)\n"
     )
     here = Path(__file__).parent
@@ -261,34 +238,17 @@ def test_instruction_sets_change_no_bit() -> None:
         assert not different, f"{isa} against plain"
 
 
-def run_part(call: Call, ks: list[int]) -> None:
-    """The step of some tensors of a call, in this order, as a call of its own."""
-    n = len(call.params)
-    rows = [row for row in map(call.measured_of, ks) if row is not None]
-    part = replace(
-        call,
-        **{name: [getattr(call, name)[k] for k in ks] for name in ("params", "grads", "steps", "groups", "axes")},
-        states=[call.states[s * n + k] for s in range(len(call.case.slots)) for k in ks],
-        fresh=[ks.index(k) for k in call.fresh if k in ks],
-        measured=None if call.measured is None else call.measured.new_full((sum(map(len, rows)), 8), math.nan),
-    )
-    run(part)
-    if part.measured is not None:
-        for row, values in zip(rows, part.measured.split([len(row) for row in rows]), strict=True):
-            row.copy_(values)
-
-
 def test_splitting_and_reversing_a_list_changes_no_bit() -> None:
     cases = [case for case in CASES if len(case.tensors) > 1 and not case.found_inf]
     assert len(cases) > 100
     for case in cases:
         together, odd_even, reverse = run(case.build()), case.build(), case.build()
         n = len(case.tensors)
-        run_part(odd_even, list(range(1, n, 2)))
-        run_part(odd_even, list(range(0, n, 2)))
-        run_part(reverse, list(range(n))[::-1])
-        assert same(everything(together), everything(odd_even)), case.id
-        assert same(everything(together), everything(reverse)), case.id
+        odd_even.run_part(range(1, n, 2), torch.ops.fastwrs.step)
+        odd_even.run_part(range(0, n, 2), torch.ops.fastwrs.step)
+        reverse.run_part(range(n)[::-1], torch.ops.fastwrs.step)
+        assert same(together.written(), odd_even.written()), case.id
+        assert same(together.written(), reverse.written()), case.id
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
@@ -321,7 +281,7 @@ def test_a_workspace_changes_no_bit() -> None:
         for size in (0, 10, 100_000):
             call = case.build()
             call.workspace = torch.full((size,), math.nan)
-            assert same(everything(run(call)), everything(without)), case.id
+            assert same(run(call).written(), without.written()), case.id
 
 
 # ---- torch.library --------------------------------------------------------------------------------------------------
@@ -346,7 +306,7 @@ def test_opcheck_step(option: str, dtypes: tuple[str, str, str]) -> None:
         torch.library.opcheck(torch.ops.fastwrs.step.default, tuple(plain))
 
 
-@pytest.mark.parametrize("dtype", LOW.values(), ids=list(LOW))
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=list(FLOATS))
 def test_opcheck_projection(dtype: torch.dtype) -> None:
     tensors = [torch.randn(8, 6).to(dtype), torch.randn(4, 3, 3, 3).to(dtype, memory_format=torch.channels_last)]
     torch.library.opcheck(torch.ops.fastwrs.rescale_.default, (tensors, [2, -1], 0.5))

@@ -30,7 +30,8 @@ ONLY = {
 }
 # Modules that only the listed ones may import.
 ONLY_BY = {
-    "fastwrs.backends": ("fastwrs.dispatch", "fastwrs.backends", "fastwrs.__main__"),  # __main__: the function backends()
+    # fastwrs.__main__ imports the function backends(), which looks the same here.
+    "fastwrs.backends": ("fastwrs.dispatch", "fastwrs.backends", "fastwrs.__main__"),
     "tests": ("tests",),
     "bench": ("bench", "tests"),
     "examples": ("examples", "tests"),
@@ -89,7 +90,8 @@ def python_faults(root: Path) -> Iterator[str]:
             for package, allowed in ONLY.items():
                 ours = name.split(".")[0] in OURS
                 if within(module, (package,)) and ours and name != "fastwrs" and not within(name, allowed):
-                    yield f"{relative} imports {name}: {package} may import only {', '.join(allowed) or 'nothing of ours'}"
+                    may = ", ".join(allowed) or "nothing of ours"
+                    yield f"{relative} imports {name}: {package} may import only {may}"
 
 
 def include_faults(root: Path) -> Iterator[str]:

@@ -20,12 +20,12 @@ struct float16 {
 enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // X(param, grad, state): all that is allowed. fastwrs/spec.py says the same for Python.
-#define FASTWRS_DTYPE_TRIPLES(X) \
-  X(float, float, float)         \
-  X(double, double, double)      \
-  X(bfloat16, bfloat16, float)   \
+#define FASTWRS_DTYPE_TRIPLES(X)  \
+  X(float, float, float)          \
+  X(double, double, double)       \
+  X(bfloat16, bfloat16, float)    \
   X(bfloat16, bfloat16, bfloat16) \
-  X(float16, float16, float)     \
+  X(float16, float16, float)      \
   X(float, bfloat16, float)
 
 // X(type): every type that a parameter may have.
@@ -50,9 +50,7 @@ struct DtypeOf<float16> {
   static constexpr Dtype value = Dtype::kFloat16;
 };
 
-inline int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // The type that a parameter of type T is computed in.
 template <class T>

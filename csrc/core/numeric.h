@@ -1,5 +1,5 @@
-// Scalar arithmetic that the rules need. Overloads instead of std:: names, so that device code and vectorised host loops
-// see plain operations.
+// Scalar arithmetic that the rules need. Overloads instead of std:: names, so that device code and vectorised host
+// loops see plain operations.
 #pragma once
 
 #include <cmath>

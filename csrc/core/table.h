@@ -23,7 +23,7 @@ struct TensorView {
   ArrayView array[kMaxArrays];
   int dims = 0;
   const int64_t* sizes = nullptr;
-  int64_t reduced = 0;   // bitmask of the dimensions that a norm group spans; -1: all; 0: no norm groups
+  int64_t reduced = 0;    // bitmask of the dimensions that a norm group spans; -1: all; 0: no norm groups
   int64_t norm_row = -1;  // first row of this tensor in the buffer that norms are written to, -1: none
 };
 

@@ -164,7 +164,8 @@ void run_call(Call<P>& call, std::vector<Work<compute_t<P>>>& works, void* works
     scale.add(two_phases && p.scales() && call.writes ? p.items : 0, elements);
   }
   // Everything that can fail for want of memory comes before the first write.
-  if (int64_t(needed * sizeof(C)) <= workspace_bytes) {
+  const bool aligned = reinterpret_cast<uintptr_t>(workspace) % alignof(C) == 0;
+  if (aligned && int64_t(needed * sizeof(C)) <= workspace_bytes) {
     call.workspace = static_cast<C*>(workspace);
   } else {
     if (int64_t(own_workspace.size()) < needed) own_workspace.resize(needed);
@@ -192,15 +193,15 @@ struct ScalarCache {
   int fill(int rule, const double* rule_record, double lr_, double t_, bool first_) {
     int index = 0, count = 0;
     const bool known = record == rule_record && lr == lr_ && t == t_ && first == first_;
-#define FASTWRS_RULE(Rule)                                                               \
-  if (rule == index++) {                                                                 \
-    using Scalars = Rule::Scalars<double>;                                               \
-    static_assert(sizeof(Scalars) <= sizeof(values), "raise kMaxScalars");               \
-    count = int(sizeof(Scalars) / sizeof(double));                                       \
-    if (!known) {                                                                        \
-      const Scalars scalars = Rule::prepare(rule_record, lr_, t_, first_);               \
-      std::memcpy(values, &scalars, sizeof scalars);                                     \
-    }                                                                                    \
+#define FASTWRS_RULE(Rule)                                                 \
+  if (rule == index++) {                                                   \
+    using Scalars = Rule::Scalars<double>;                                 \
+    static_assert(sizeof(Scalars) <= sizeof(values), "raise kMaxScalars"); \
+    count = int(sizeof(Scalars) / sizeof(double));                         \
+    if (!known) {                                                          \
+      const Scalars scalars = Rule::prepare(rule_record, lr_, t_, first_); \
+      std::memcpy(values, &scalars, sizeof scalars);                       \
+    }                                                                      \
   }
     FASTWRS_RULES(FASTWRS_RULE)
 #undef FASTWRS_RULE
@@ -300,7 +301,7 @@ bool rule_takes_slots(int rule, int64_t slots) {
 int64_t rule_hypers(int rule) { return kRules[rule].hypers; }
 
 bool triple_allowed(const Dtypes& d) {
-#define FASTWRS_TRIPLE(P, G, S)                                                                              \
+#define FASTWRS_TRIPLE(P, G, S) \
   if (d.param == DtypeOf<P>::value && d.grad == DtypeOf<G>::value && d.state == DtypeOf<S>::value) return true;
   FASTWRS_DTYPE_TRIPLES(FASTWRS_TRIPLE)
 #undef FASTWRS_TRIPLE

@@ -21,11 +21,11 @@ struct Dtypes {
 
 // What a step does to one tensor, beyond the tensor itself.
 struct TensorStep {
-  float* step;                   // finished steps; this one is *step + 1
-  const double* rule_record;     // the rule's own hyperparameters
+  float* step;                // finished steps; this one is *step + 1
+  const double* rule_record;  // the rule's own hyperparameters
   double lr;
   bool maximize;
-  bool fresh;                    // starts as in a first step though it is not
+  bool fresh;  // starts as in a first step though it is not
   double every, start, stop, target, rate, power;
 };
 

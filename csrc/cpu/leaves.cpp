@@ -2,94 +2,13 @@
 // for the compiler to vectorise.
 #include "leaves.h"
 
+#include <cstring>
 #include <type_traits>
 
 #include "../rules/all.h"
 
 namespace fastwrs::cpu {
 inline namespace FASTWRS_ISA {
-
-template <class Rule, int kSlots, class P, class G, class S, bool kExtras>
-void update_loop(const UpdateArgs& a) {
-  using C = compute_t<P>;
-  const auto s = *static_cast<const typename Rule::template Scalars<C>*>(a.scalars);
-  const P* __restrict param = static_cast<const P*>(a.param);
-  G* __restrict grad = static_cast<G*>(a.grad);
-  S* __restrict state0 = static_cast<S*>(a.state[0]);
-  S* __restrict state1 = static_cast<S*>(a.state[1]);
-  S* __restrict state2 = static_cast<S*>(a.state[2]);
-  C* __restrict updated = static_cast<C*>(a.updated);
-  C* __restrict step = static_cast<C*>(a.step);
-  const bool unscale = a.grad_scale != 0, wants_step = step != nullptr;
-  const C grad_scale = C(a.grad_scale);
-  const C sign = a.maximize ? C(-1) : C(1);
-  for (int64_t i = 0; i < a.n; ++i) {
-    C w = std::is_same_v<P, C> ? updated[i] : C(widen(param[i]));
-    C g = C(widen(grad[i]));
-    if (kExtras && unscale) {
-      g = g / grad_scale;
-      grad[i] = narrow(g, G());
-    }
-    C state[kMaxSlots] = {};
-    if (kSlots > 0) state[0] = C(widen(state0[i]));
-    if (kSlots > 1) state[1] = C(widen(state1[i]));
-    if (kSlots > 2) state[2] = C(widen(state2[i]));
-    const C u = Rule::template update<kSlots>(w, g * sign, state, s);
-    if (kSlots > 0) state0[i] = narrow(state[0], S());
-    if (kSlots > 1) state1[i] = narrow(state[1], S());
-    if (kSlots > 2) state2[i] = narrow(state[2], S());
-    updated[i] = w;
-    if (kExtras && wants_step) step[i] = u;
-  }
-}
-
-template <class Rule, int kSlots, class P, class G, class S>
-void update(const UpdateArgs& a) {
-  if (a.grad_scale != 0 || a.step != nullptr) {
-    update_loop<Rule, kSlots, P, G, S, true>(a);
-  } else {
-    update_loop<Rule, kSlots, P, G, S, false>(a);
-  }
-}
-
-using Update = void (*)(const UpdateArgs&);
-
-template <class Rule, int kSlots>
-Update find_triple(Dtype param, Dtype grad, Dtype state) {
-#define FASTWRS_TRIPLE(P, G, S)                                                                           \
-  if (param == DtypeOf<P>::value && grad == DtypeOf<G>::value && state == DtypeOf<S>::value) {            \
-    return &update<Rule, kSlots, P, G, S>;                                                                \
-  }
-  FASTWRS_DTYPE_TRIPLES(FASTWRS_TRIPLE)
-#undef FASTWRS_TRIPLE
-  return nullptr;
-}
-
-template <class Rule, int kSlots = Rule::kMinSlots>
-Update find_slots(int slots, Dtype param, Dtype grad, Dtype state) {
-  if (slots == kSlots) return find_triple<Rule, kSlots>(param, grad, state);
-  if constexpr (kSlots < Rule::kMaxSlots) return find_slots<Rule, kSlots + 1>(slots, param, grad, state);
-  return nullptr;
-}
-
-Update find_update(int rule, int slots, Dtype param, Dtype grad, Dtype state) {
-  int index = 0;
-#define FASTWRS_RULE(Rule) \
-  if (rule == index++) return find_slots<Rule>(slots, param, grad, state);
-  FASTWRS_RULES(FASTWRS_RULE)
-#undef FASTWRS_RULE
-  return nullptr;
-}
-
-void cast_scalars(const double* from, void* to, int count, Dtype param) {
-  for (int i = 0; i < count; ++i) {
-    if (param == Dtype::kFloat64) {
-      static_cast<double*>(to)[i] = from[i];
-    } else {
-      static_cast<float*>(to)[i] = float(from[i]);
-    }
-  }
-}
 
 template <class C>
 void start(Accumulator<C>& a) {
@@ -120,24 +39,26 @@ inline void close_block(Accumulator<C>& a) {
   a.turns = 0;
 }
 
-// Whole blocks: the 8 turns of a lane are added as a tree. Returns how many elements that were.
+// Whole blocks. Returns how many elements that were.
 template <class Lane, bool kSquare, class C>
 inline int64_t add_blocks(Accumulator<C>& a, const C* x, int64_t n) {
-  static_assert(Accumulator<C>::kTurns == 8, "the tree below");
-  const int64_t width = a.width * int64_t(sizeof(C)) / int64_t(sizeof(Lane)), blocks = n / (8 * a.width);
+  const int64_t width = a.width * int64_t(sizeof(C)) / int64_t(sizeof(Lane)),
+                block_size = Accumulator<C>::kTurns * a.width;
+  const int64_t blocks = n / block_size;
   for (int64_t block = 0; block < blocks; ++block) {
-    const Lane* __restrict turns = reinterpret_cast<const Lane*>(x + block * 8 * a.width);
+    const Lane* __restrict turns = reinterpret_cast<const Lane*>(x + block * block_size);
     Lane* __restrict lanes = reinterpret_cast<Lane*>(a.levels);
     for (int64_t j = 0; j < width; ++j) {
-      const auto term = [&](int64_t turn) {
+      Lane sum{};
+      for (int64_t turn = 0; turn < Accumulator<C>::kTurns; ++turn) {
         const Lane value = turns[turn * width + j];
-        return kSquare ? value * value : value;
-      };
-      lanes[j] = ((term(0) + term(1)) + (term(2) + term(3))) + ((term(4) + term(5)) + (term(6) + term(7)));
+        sum += kSquare ? value * value : value;
+      }
+      lanes[j] = sum;
     }
     close_block<Lane>(a);
   }
-  return blocks * 8 * a.width;
+  return blocks * block_size;
 }
 
 template <class C, bool kSquare>
@@ -186,17 +107,45 @@ inline int64_t halve_lanes(C* sums, int64_t count, int64_t cols) {
   return count;
 }
 
+// The usual case by itself, since it is paid for every row: one column, from 64 lanes down to one without loops.
+template <class C>
+inline C finish_row(Accumulator<C>& a) {
+  using Wide = typename Sixteen<C>::type;
+  static_assert(Accumulator<C>::kLanes == 64, "four times sixteen");
+  Wide* lanes = reinterpret_cast<Wide*>(a.levels);
+  Wide sum[4] = {lanes[0], lanes[1], lanes[2], lanes[3]};
+  const Wide* level = lanes + 4;
+  for (int64_t bits = a.blocks; bits != 0; bits >>= 1, level += 4) {
+    if (!(bits & 1)) continue;
+    for (int k = 0; k < 4; ++k) sum[k] += level[k];
+  }
+  for (int k = 0; k < 4; ++k) lanes[k] = Wide{};
+  const Wide sixteen = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+  C t[16];
+  std::memcpy(t, &sixteen, sizeof t);
+  for (int j = 0; j < 8; ++j) t[j] += t[j + 8];
+  for (int j = 0; j < 4; ++j) t[j] += t[j + 4];
+  return (t[0] + t[2]) + (t[1] + t[3]);
+}
+
+// Writes the sums and leaves the accumulator as `start` does.
 template <class C>
 void finish(Accumulator<C>& a, C* sums) {
   using Wide = typename Sixteen<C>::type;
-  if (a.width % 16 == 0) {
-    add_levels<Wide>(a);
+  if (a.cols == 1) {
+    sums[0] = finish_row(a);
   } else {
-    add_levels<C>(a);
+    if (a.width % 16 == 0) {
+      add_levels<Wide>(a);
+    } else {
+      add_levels<C>(a);
+    }
+    const int64_t count = halve_lanes<Wide>(a.levels, a.width, a.cols);
+    halve_lanes<C>(a.levels, count, a.cols);
+    for (int64_t j = 0; j < a.cols; ++j) sums[j] = a.levels[j];
+    for (int64_t j = 0; j < a.width; ++j) a.levels[j] = 0;
   }
-  const int64_t count = halve_lanes<Wide>(a.levels, a.width, a.cols);
-  halve_lanes<C>(a.levels, count, a.cols);
-  for (int64_t j = 0; j < a.cols; ++j) sums[j] = a.levels[j];
+  a.position = a.turns = a.blocks = 0;
 }
 
 template <class P>
@@ -224,6 +173,124 @@ void scale_columns(const compute_t<P>* x, P* out, int64_t n, const compute_t<P>*
   }
 }
 
+// Updates n elements. kSum: n is one block of the sums, and element j of each turn is squared into lane j. kScale: as
+// many elements of another place are multiplied by a factor; memory is what an update waits for, so that this costs
+// nothing.
+template <class Rule, int kSlots, class P, class G, class S, bool kExtras, bool kSum, bool kScale>
+inline void update_run(const UpdateArgs& a, int64_t begin, int64_t n, compute_t<P>* __restrict lanes) {
+  using C = compute_t<P>;
+  const auto s = *static_cast<const typename Rule::template Scalars<C>*>(a.scalars);
+  const P* __restrict param = static_cast<const P*>(a.param) + begin;
+  G* __restrict grad = static_cast<G*>(a.grad) + begin;
+  S* __restrict state0 = static_cast<S*>(a.state[0]) + begin;
+  S* __restrict state1 = static_cast<S*>(a.state[1]) + begin;
+  S* __restrict state2 = static_cast<S*>(a.state[2]) + begin;
+  C* __restrict updated = static_cast<C*>(a.updated) + begin;
+  C* __restrict step = static_cast<C*>(a.step) + begin;
+  C* __restrict behind = static_cast<C*>(a.behind) + begin;
+  const C behind_factor = C(a.behind_factor);
+  const bool unscale = a.grad_scale != 0, wants_step = a.step != nullptr;
+  const C grad_scale = C(a.grad_scale);
+  const C sign = a.maximize ? C(-1) : C(1);
+  const int64_t turns = kSum ? Accumulator<C>::kTurns : 1, length = kSum ? Accumulator<C>::kLanes : n;
+  for (int64_t turn = 0; turn < turns; ++turn) {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < length; ++j) {
+      const int64_t i = turn * length + j;
+      C w = std::is_same_v<P, C> ? updated[i] : C(widen(param[i]));
+      C g = C(widen(grad[i]));
+      if (kExtras && unscale) {
+        g = g / grad_scale;
+        grad[i] = narrow(g, G());
+      }
+      C state[kMaxSlots] = {};
+      if (kSlots > 0) state[0] = C(widen(state0[i]));
+      if (kSlots > 1) state[1] = C(widen(state1[i]));
+      if (kSlots > 2) state[2] = C(widen(state2[i]));
+      const C u = Rule::template update<kSlots>(w, g * sign, state, s);
+      if (kSlots > 0) state0[i] = narrow(state[0], S());
+      if (kSlots > 1) state1[i] = narrow(state[1], S());
+      if (kSlots > 2) state2[i] = narrow(state[2], S());
+      updated[i] = w;
+      if (kSum) lanes[j] += w * w;
+      if (kScale) behind[i] *= behind_factor;
+      if (kExtras && wants_step) step[i] = u;
+    }
+  }
+}
+
+template <class Rule, int kSlots, class P, class G, class S>
+void update(const UpdateArgs& a) {
+  using C = compute_t<P>;
+  const bool extras = a.grad_scale != 0 || a.step != nullptr;
+  auto* sum = static_cast<Accumulator<C>*>(a.squares);
+  int64_t done = 0;
+  if constexpr (std::is_same_v<P, C>) {
+    constexpr int64_t kBlock = Accumulator<C>::kTurns * Accumulator<C>::kLanes;
+    const bool whole = sum && sum->width == Accumulator<C>::kLanes && sum->position == 0 && sum->turns == 0;
+    for (; whole && !extras && a.n - done >= kBlock; done += kBlock) {
+      C lanes[Accumulator<C>::kLanes] = {};
+      if (a.behind) {
+        update_run<Rule, kSlots, P, G, S, false, true, true>(a, done, kBlock, lanes);
+      } else {
+        update_run<Rule, kSlots, P, G, S, false, true, false>(a, done, kBlock, lanes);
+      }
+      std::memcpy(sum->levels, lanes, sizeof lanes);
+      close_block<typename Sixteen<C>::type>(*sum);
+    }
+    if (done == a.n) return;
+    if (a.behind) {
+      C* behind = static_cast<C*>(a.behind) + done;
+      scale_run<P>(behind, behind, a.n - done, C(a.behind_factor));
+    }
+  }
+  if (extras) {
+    update_run<Rule, kSlots, P, G, S, true, false, false>(a, done, a.n - done, nullptr);
+  } else {
+    update_run<Rule, kSlots, P, G, S, false, false, false>(a, done, a.n - done, nullptr);
+  }
+  if (sum) add<C, true>(*sum, static_cast<const C*>(a.updated) + done, a.n - done);
+}
+
+using Update = void (*)(const UpdateArgs&);
+
+template <class Rule, int kSlots>
+Update find_triple(Dtype param, Dtype grad, Dtype state) {
+#define FASTWRS_TRIPLE(P, G, S)                                                                \
+  if (param == DtypeOf<P>::value && grad == DtypeOf<G>::value && state == DtypeOf<S>::value) { \
+    return &update<Rule, kSlots, P, G, S>;                                                     \
+  }
+  FASTWRS_DTYPE_TRIPLES(FASTWRS_TRIPLE)
+#undef FASTWRS_TRIPLE
+  return nullptr;
+}
+
+template <class Rule, int kSlots = Rule::kMinSlots>
+Update find_slots(int slots, Dtype param, Dtype grad, Dtype state) {
+  if (slots == kSlots) return find_triple<Rule, kSlots>(param, grad, state);
+  if constexpr (kSlots < Rule::kMaxSlots) return find_slots<Rule, kSlots + 1>(slots, param, grad, state);
+  return nullptr;
+}
+
+Update find_update(int rule, int slots, Dtype param, Dtype grad, Dtype state) {
+  int index = 0;
+#define FASTWRS_RULE(Rule) \
+  if (rule == index++) return find_slots<Rule>(slots, param, grad, state);
+  FASTWRS_RULES(FASTWRS_RULE)
+#undef FASTWRS_RULE
+  return nullptr;
+}
+
+void cast_scalars(const double* from, void* to, int count, Dtype param) {
+  for (int i = 0; i < count; ++i) {
+    if (param == Dtype::kFloat64) {
+      static_cast<double*>(to)[i] = from[i];
+    } else {
+      static_cast<float*>(to)[i] = float(from[i]);
+    }
+  }
+}
+
 template <class C>
 SumLeaves<C> sum_leaves() {
   return {&start<C>, &add<C, true>, &add<C, false>, &finish<C>};
@@ -238,10 +305,8 @@ StoreLeaves<P> store_leaves() {
 #define FASTWRS_NAME(x) FASTWRS_STRING(x)
 extern const Leaves kLeaves;
 const Leaves kLeaves = {
-    FASTWRS_NAME(FASTWRS_ISA), &find_update,
-    &cast_scalars,             sum_leaves<float>(),
-    sum_leaves<double>(),      store_leaves<float>(),
-    store_leaves<double>(),    store_leaves<bfloat16>(),
+    FASTWRS_NAME(FASTWRS_ISA), &find_update,          &cast_scalars,          sum_leaves<float>(),
+    sum_leaves<double>(),      store_leaves<float>(), store_leaves<double>(), store_leaves<bfloat16>(),
     store_leaves<float16>(),
 };
 

@@ -11,37 +11,38 @@ namespace fastwrs::cpu {
 
 // A run of elements of one tensor.
 struct UpdateArgs {
-  void* param;        // read; written by the caller from `updated` unless that is the same memory
-  void* grad;         // written only when grad_scale is not 0
+  void* param;  // read; written by the caller from `updated` unless that is the same memory
+  void* grad;   // written only when grad_scale is not 0
   void* state[kMaxSlots];
-  void* updated;      // compute type
-  void* step;         // compute type, or null: u is not wanted
+  void* updated;  // compute type
+  void* step;     // compute type, or null: u is not wanted
+  void* squares;  // Accumulator of the compute type that the updated weights are added to, or null
+  void* behind;   // other n elements of the compute type, to be multiplied by behind_factor on the way, or null
+  double behind_factor;
   const void* scalars;  // Rule::Scalars in the compute type
-  double grad_scale;  // 0: none
+  double grad_scale;    // 0: none
   bool maximize;
   int64_t n;
 };
 
-// Sums of squares of a group's elements, one per column, as a cascade: 8 turns of `width` lanes make a block, blocks are
-// added pairwise. Element i of the group goes to lane i % width and to column i % cols.
+// Sums of squares of a group's elements, one per column, as a cascade: 8 turns of `width` lanes make a block, blocks
+// are added pairwise. Element i of the group goes to lane i % width and to column i % cols.
 template <class C>
 struct Accumulator {
   int64_t width = 0, cols = 0;
   C* levels = nullptr;  // [level][width]; level 0 is the open block, level k > 0 holds 2^(k - 1) blocks
   int64_t position = 0, turns = 0, blocks = 0;
 
-  static constexpr int64_t kTurns = 8;
+  static constexpr int64_t kTurns = 8, kLanes = 64;
   // Columns get several lanes each while they are few, so that whole vectors are added.
-  static int64_t width_for(int64_t cols) { return cols == 1 ? 64 : cols <= 64 ? 16 * cols : cols; }
+  static int64_t width_for(int64_t cols) { return cols == 1 ? kLanes : cols <= 64 ? 16 * cols : cols; }
   static int64_t levels_for(int64_t cols, int64_t elements) {
     int64_t levels = 2;
     for (int64_t blocks = elements / (width_for(cols) * kTurns); blocks > 0; blocks /= 2) ++levels;
     return levels;
   }
   // Elements of `levels` that an accumulator over groups of so many elements needs.
-  static int64_t storage_for(int64_t cols, int64_t elements) {
-    return levels_for(cols, elements) * width_for(cols);
-  }
+  static int64_t storage_for(int64_t cols, int64_t elements) { return levels_for(cols, elements) * width_for(cols); }
 };
 
 template <class C>
@@ -49,7 +50,7 @@ struct SumLeaves {
   void (*start)(Accumulator<C>&);
   void (*add_squares)(Accumulator<C>&, const C* x, int64_t n);
   void (*add_values)(Accumulator<C>&, const C* x, int64_t n);
-  void (*finish)(Accumulator<C>&, C* sums);  // [cols]
+  void (*finish)(Accumulator<C>&, C* sums);  // [cols]; leaves the accumulator as start does
 };
 
 template <class P>
@@ -57,13 +58,14 @@ struct StoreLeaves {
   using C = compute_t<P>;
   void (*widen)(const P* x, C* out, int64_t n);
   void (*narrow)(const C* x, P* out, int64_t n);
-  void (*scale)(const C* x, P* out, int64_t n, C factor);                              // x may be out
+  void (*scale)(const C* x, P* out, int64_t n, C factor);                                // x may be out
   void (*scale_columns)(const C* x, P* out, int64_t n, const C* factors, int64_t cols);  // x may be out
 };
 
 struct Leaves {
   const char* isa;
-  void (*(*update)(int rule, int slots, Dtype param, Dtype grad, Dtype state))(const UpdateArgs&);  // null: not a triple
+  void (*(*update)(int rule, int slots, Dtype param, Dtype grad,
+                   Dtype state))(const UpdateArgs&);  // null: not a triple
   void (*cast_scalars)(const double* from, void* to, int count, Dtype param);
   SumLeaves<float> sum_float;
   SumLeaves<double> sum_double;

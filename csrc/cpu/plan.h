@@ -12,8 +12,6 @@ namespace fastwrs::cpu {
 
 // Elements that are updated and summed in one go; they stay in the first-level cache.
 constexpr int64_t kRun = 1024, kLongestRun = 4096;
-// Cache lines per array that are asked for ahead of a sum, and again ahead of a scaling.
-constexpr int64_t kAhead = 16;
 // The longest norm unit that is held in the second-level cache between its update and its scaling. Longer ones take two
 // phases. 32,768 elements are 128 KB of weights in fp32, while 256 to 512 KB of other arrays stream past them.
 constexpr int64_t kUnitLimit = 32768;
@@ -32,22 +30,22 @@ struct TensorPlan {
   Projection projection;
   bool wants[kSums] = {};
   Path path = kElementwise;
-  int64_t items = 0;           // of the first phase
-  int64_t run = kRun;          // elements that are updated, then summed: whole blocks of the sums where they are not too long
-  int64_t units_per_item = 1;  // one pass
-  int64_t units_per_tile = 1;  // one pass: short units share a tile
+  int64_t items = 0;   // of the first phase
+  int64_t run = kRun;  // elements that are updated, then summed: whole blocks of the sums where they are not too long
+  int64_t units_per_item = 1;                                       // one pass
+  int64_t units_per_tile = 1;                                       // one pass: short units share a tile
   int64_t strip = 1, strips = 1, rows_per_item = 1, row_items = 1;  // otherwise: an item is [rows, strip] of one unit
-  int64_t workspace = 0;       // offset in elements: first the partial sums, then a factor for each group
+  int64_t workspace = 0;  // offset in elements: first the partial sums, then a factor for each group
 
   bool sums() const { return wants[kBefore] || wants[kUpdated] || wants[kGrad] || wants[kUpdate]; }
   bool scales() const { return projection.rescale || projection.shrink; }
+  // Whether a unit can be scaled while the next one is updated: one factor, and memory that stays where it is.
+  bool scales_behind() const { return scales() && units_per_tile == 1 && geometry.cols == 1 && !geometry.strided(); }
   int64_t sum_size() const { return geometry.units * row_items * geometry.cols; }
   int64_t workspace_size() const { return path == kTwoPhases ? kSums * sum_size() + geometry.groups() : 0; }
 
   // The most elements that one thread holds at a time.
-  int64_t tile_size() const {
-    return path == kOnePass ? units_per_tile * geometry.unit_size() : rows_per_item * strip;
-  }
+  int64_t tile_size() const { return path == kOnePass ? units_per_tile * geometry.unit_size() : rows_per_item * strip; }
   // Columns and elements of the longest run of a group set that is summed in one go.
   int64_t sum_columns() const { return path == kOnePass ? geometry.cols : strip; }
 
@@ -58,7 +56,7 @@ struct TensorPlan {
     if (block <= kLongestRun) run = std::max(block, kRun / block * block);
     path = !sums() ? kElementwise : g.unit_size() <= kUnitLimit ? kOnePass : kTwoPhases;
     if (path == kOnePass) {
-      units_per_tile = std::min(g.units, std::max<int64_t>(1, kRun / g.unit_size()));
+      units_per_tile = 2 * g.unit_size() >= kRun ? 1 : std::min(g.units, kRun / g.unit_size());
       const int64_t tiles_per_item = std::max<int64_t>(1, kItem / (units_per_tile * g.unit_size()));
       units_per_item = units_per_tile * tiles_per_item;
       items = (g.units + units_per_item - 1) / units_per_item;

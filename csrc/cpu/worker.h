@@ -104,7 +104,10 @@ class Worker {
     staged_.resize(kInPlace ? 0 : tile);
     for (auto* run : {&updated_, &step_, &grad_}) run->resize(kLongestRun);
     for (auto& s : sums_) s.resize(sums);
-    for (auto& s : storage_) s.resize(storage);
+    for (int k = 0; k < kSums; ++k) {
+      storage_[k].resize(storage);
+      accumulators_[k].levels = nullptr;
+    }
     factors_.resize(std::max<int64_t>(sums, 16 * 64));
     for (int k = 0; k < kMaxArrays; ++k) gathered_[k].resize(strided ? tile * call.element_size(k) : 0);
   }
@@ -113,11 +116,13 @@ class Worker {
     const TensorPlan& p = w.plan;
     if (p.path == TensorPlan::kOnePass) {
       const int64_t end = std::min(p.geometry.units, (item + 1) * p.units_per_item);
+      behind_ = nullptr;
       for (int64_t unit = item * p.units_per_item; unit < end; unit += p.units_per_tile) {
         const int64_t units = std::min(p.units_per_tile, end - unit);
         with_run(call, w, unit * p.geometry.unit_size(), units * p.geometry.unit_size(), call.writes,
                  [&](const Cursor& at) { tile(call, w, at, unit, units); });
       }
+      if (behind_) call.store.scale(reinterpret_cast<C*>(behind_), behind_, p.geometry.unit_size(), behind_factor_);
       return;
     }
     const Block b = block(p, item);
@@ -127,7 +132,7 @@ class Worker {
         const int64_t m = std::min(p.run, n - i);
         Cursor run = advance(call, w, at, i);
         C* updated = kInPlace ? reinterpret_cast<C*>(run.array[0]) : updated_.data();
-        update(call, w, run, m, updated, [&] {
+        update(call, w, run, m, updated, nullptr, [&] {
           if (kInPlace || !call.writes || !call.update) return;
           // Two phases take the norm of what is stored.
           call.store.narrow(updated, reinterpret_cast<P*>(run.array[0]), m);
@@ -195,8 +200,8 @@ class Worker {
   }
 
   static C* partial(const Call<P>& call, const TensorPlan& p, int sum, const Block& b) {
-    return call.workspace + p.workspace + sum * p.sum_size() +
-           (b.unit * p.row_items + b.row_item) * p.geometry.cols + b.first_column;
+    return call.workspace + p.workspace + sum * p.sum_size() + (b.unit * p.row_items + b.row_item) * p.geometry.cols +
+           b.first_column;
   }
   static C* factors(const Call<P>& call, const TensorPlan& p) {
     return call.workspace + p.workspace + kSums * p.sum_size();
@@ -274,12 +279,13 @@ class Worker {
 
   // Sum k begins with a set of groups: `cols` columns, `elements` in all.
   void start_sum(const Call<P>& call, int k, int64_t cols, int64_t elements) {
+    group_size_[k] = group_left_[k] = elements;
+    next_sum_[k] = sums_[k].data();
     Accumulator<C>& a = accumulators_[k];
+    if (a.cols == cols && a.levels == storage_[k].data()) return;  // as `finish` has left it
     a.cols = cols;
     a.width = Accumulator<C>::width_for(cols);
     a.levels = storage_[k].data();
-    group_size_[k] = group_left_[k] = elements;
-    next_sum_[k] = sums_[k].data();
     call.sum.start(a);
   }
   void start_sums(const Call<P>& call, const TensorPlan& p, int64_t cols, int64_t elements) {
@@ -295,21 +301,28 @@ class Worker {
       call.sum.add_squares(accumulators_[k], x, m);
       x += m;
       n -= m;
-      group_left_[k] -= m;
-      if (group_left_[k] == 0) {
-        call.sum.finish(accumulators_[k], next_sum_[k]);
-        next_sum_[k] += accumulators_[k].cols;
-        group_left_[k] = group_size_[k];
-        call.sum.start(accumulators_[k]);
-      }
+      end_run(call, k, m);
     }
   }
 
-  // One run through the rule, with the sums that are wanted; `stored` runs between the update and the sum over its result.
+  // n elements of the current set have been added to sum k.
+  void end_run(const Call<P>& call, int k, int64_t n) {
+    group_left_[k] -= n;
+    if (group_left_[k] > 0) return;
+    call.sum.finish(accumulators_[k], next_sum_[k]);
+    next_sum_[k] += accumulators_[k].cols;
+    group_left_[k] = group_size_[k];
+  }
+
+  // One run through the rule, with the sums that are wanted; `stored` runs between the update and the sum over its
+  // result.
   template <class Stored>
-  void update(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t n, C* updated, const Stored& stored) {
+  void update(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t n, C* updated, C* behind,
+              const Stored& stored) {
     const TensorPlan& p = w.plan;
     const P* param = reinterpret_cast<const P*>(at.array[0]);
+    // The sum over the updated weights rides in the update's loop where the run lies in one set of groups.
+    const bool fused = kInPlace && call.update && p.wants[kUpdated] && n <= group_left_[kUpdated];
     if (!kInPlace && (p.wants[kBefore] || !call.update)) call.store.widen(param, updated, n);
     if (p.wants[kBefore]) feed(call, kBefore, kInPlace ? reinterpret_cast<const C*>(param) : updated, n);
     if (call.update) {
@@ -319,12 +332,14 @@ class Worker {
       for (int k = 2; k < w.view->arrays; ++k) args.state[k - 2] = at.array[k];
       args.updated = updated;
       args.step = p.wants[kUpdate] ? step_.data() : nullptr;
+      args.squares = fused ? &accumulators_[kUpdated] : nullptr;
+      args.behind = behind;
+      args.behind_factor = behind_factor_;
       args.scalars = w.scalars;
       args.grad_scale = call.grad_scale;
       args.maximize = w.maximize;
       args.n = n;
       call.update(args);
-      if (p.sums()) prefetch(call, w, at, n, 0, kAhead);
       if (p.wants[kUpdate]) feed(call, kUpdate, step_.data(), n);
       if (p.wants[kGrad]) {
         widen_grad(call, at.array[1], n);
@@ -332,25 +347,28 @@ class Worker {
       }
     }
     stored();
-    if (p.wants[kUpdated]) feed(call, kUpdated, updated, n);
-  }
-
-  // Asks for lines behind this run, so that memory is kept busy while sums are taken and factors applied. It may point
-  // beyond the tensor, which is harmless.
-  static void prefetch(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t n, int64_t first, int64_t last) {
-    for (int k = 0; k < w.view->arrays; ++k) {
-      const char* next = at.array[k] + n * call.element_size(k);
-      for (int64_t line = first; line < last; ++line) __builtin_prefetch(next + 64 * line);
+    if (fused) {
+      end_run(call, kUpdated, n);
+    } else if (p.wants[kUpdated]) {
+      feed(call, kUpdated, updated, n);
     }
   }
 
   void widen_grad(const Call<P>& call, const void* grad, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       switch (call.dtypes.grad) {
-        case Dtype::kFloat32: grad_[i] = C(static_cast<const float*>(grad)[i]); break;
-        case Dtype::kFloat64: grad_[i] = C(static_cast<const double*>(grad)[i]); break;
-        case Dtype::kBFloat16: grad_[i] = C(widen(static_cast<const bfloat16*>(grad)[i])); break;
-        case Dtype::kFloat16: grad_[i] = C(widen(static_cast<const float16*>(grad)[i])); break;
+        case Dtype::kFloat32:
+          grad_[i] = C(static_cast<const float*>(grad)[i]);
+          break;
+        case Dtype::kFloat64:
+          grad_[i] = C(static_cast<const double*>(grad)[i]);
+          break;
+        case Dtype::kBFloat16:
+          grad_[i] = C(widen(static_cast<const bfloat16*>(grad)[i]));
+          break;
+        case Dtype::kFloat16:
+          grad_[i] = C(widen(static_cast<const float16*>(grad)[i]));
+          break;
       }
     }
   }
@@ -363,13 +381,17 @@ class Worker {
     C* updated = kInPlace ? reinterpret_cast<C*>(param) : staged_.data();
     start_sums(call, p, cols, size);
     for (int64_t i = 0; i < n; i += p.run) {
-      update(call, w, advance(call, w, at, i), std::min(p.run, n - i), updated + i, [] {});
+      C* behind = behind_ ? reinterpret_cast<C*>(behind_) + i : nullptr;
+      update(call, w, advance(call, w, at, i), std::min(p.run, n - i), updated + i, behind, [] {});
     }
-    if (p.scales()) prefetch(call, w, at, n, kAhead, 2 * kAhead);
+    behind_ = nullptr;
     for (int64_t u = 0; u < units; ++u) {
       conclude(call, w, (unit + u) * cols, cols, u * cols, factors_.data());
       if (!call.writes) continue;
-      if (p.scales()) {
+      if (kInPlace && call.update && p.scales_behind()) {
+        behind_ = param;
+        behind_factor_ = factors_[0];
+      } else if (p.scales()) {
         apply(call, updated + u * size, param + u * size, size, factors_.data(), cols);
       } else if (!kInPlace) {
         call.store.narrow(updated + u * size, param + u * size, size);
@@ -412,10 +434,13 @@ class Worker {
     call.store.scale_columns(x, param, n, pattern_, period);
   }
 
-  // staged_: a tile of updated weights that are not stored in the type they are computed in. updated_, step_, grad_: a run.
+  // staged_: a tile of updated weights that are not stored in the type they are computed in. updated_, step_, grad_: a
+  // run.
   std::vector<C> staged_, updated_, step_, grad_, sums_[kSums], storage_[kSums], factors_;
   std::vector<char> gathered_[kMaxArrays];
   C pattern_[16 * 64];
+  P* behind_ = nullptr;  // the unit before, which is scaled while this one is updated
+  C behind_factor_ = 1;
   Accumulator<C> accumulators_[kSums];
   int64_t group_size_[kSums], group_left_[kSums];
   C* next_sum_[kSums];

@@ -3,8 +3,8 @@
 // Every tensor is brought to the form [units, rows, cols]: a unit lies contiguously, the norm groups of a unit are its
 // columns, and a norm is taken over rows. "out" in any dense layout is [C_out, everything else, 1]; "in" in contiguous
 // layout is [C_out, C_in, kh * kw]; axis 0 of a matrix is [1, rows, cols]; "tensor" is [1, n, 1]. A tensor whose memory
-// does not read in that order (gaps, arrays of different layouts, other axes) is walked by strides instead: one unit per
-// norm group, elements gathered.
+// does not read in that order (gaps, arrays of different layouts, other axes) is walked by strides instead: one unit
+// per norm group, elements gathered.
 #pragma once
 
 #include <cstdint>

@@ -14,9 +14,10 @@ struct Projection {
   bool shrink = false;
   double target = 1, lr_rate = 0, power = 1;
 
-  // t: this step, from 1. With lr == 0 nothing is projected; a step that rescales skips the shrink, which it would erase.
-  static FASTWRS_HD Projection at(double t, double lr, double every, double start, double stop, double target, double rate,
-                                  double power) {
+  // t: this step, from 1. With lr == 0 nothing is projected; a step that rescales skips the shrink, which it would
+  // erase.
+  static FASTWRS_HD Projection at(double t, double lr, double every, double start, double stop, double target,
+                                  double rate, double power) {
     Projection p;
     p.rescale = lr != 0 && every > 0 && start <= t && t < stop && fmod(t, every) == 0;
     p.shrink = lr != 0 && rate != 0 && !p.rescale;

@@ -21,7 +21,7 @@ struct Adam {
 
   template <class T>
   struct Scalars {
-    T coupled_decay, keep, one_minus_beta1, beta2, one_minus_beta2, eps;
+    T coupled_decay, keep, beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
     T step_size, inverse_correction1, inverse_root_correction2;
   };
 
@@ -31,6 +31,7 @@ struct Adam {
     const bool decoupled = h[kDecoupled] != 0;
     return {decoupled ? 0 : h[kWeightDecay],
             decoupled ? 1 - lr * h[kWeightDecay] : 1,
+            h[kBeta1],
             1 - h[kBeta1],
             h[kBeta2],
             1 - h[kBeta2],
@@ -43,7 +44,9 @@ struct Adam {
   template <int kSlotCount, class T>
   static FASTWRS_HD T update(T& w, T g, T* state, const Scalars<T>& s) {
     g = s.coupled_decay != 0 ? g + s.coupled_decay * w : g;
-    const T m = state[0] + s.one_minus_beta1 * (g - state[0]);
+    // Near 1, beta1 and 1 - beta1 are rounded too differently to be used together.
+    const T m =
+        s.beta1 > T(0.5) ? state[0] + s.one_minus_beta1 * (g - state[0]) : s.beta1 * state[0] + s.one_minus_beta1 * g;
     const T v = s.beta2 * state[1] + s.one_minus_beta2 * g * g;
     state[0] = m;
     state[1] = v;

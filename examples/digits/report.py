@@ -40,7 +40,9 @@ def table(runs: list[Run], times: dict[Key, tuple[float, float]]) -> str:
             f"   {theirs / ours:>5.2f}"
         )
     lines.append("")
-    lines.append("ratio: how much longer torch's fused optimizer takes, with a rescaling loop where the method needs one")
+    lines.append(
+        "ratio: how much longer torch's fused optimizer takes, with a rescaling loop where the method needs one"
+    )
     return "\n".join(lines)
 
 
@@ -58,7 +60,8 @@ def plot(runs: list[Run], path: Path) -> None:
             curves = list(zip(*(run.accuracy for run in variants[name, method]), strict=True))
             epochs = range(1, len(curves) + 1)
             row[0].plot(epochs, [statistics.mean(c) for c in curves], color=colors[method], label=method)
-            row[0].fill_between(epochs, [min(c) for c in curves], [max(c) for c in curves], color=colors[method], alpha=0.15)
+            low, high = [min(c) for c in curves], [max(c) for c in curves]
+            row[0].fill_between(epochs, low, high, color=colors[method], alpha=0.15)
         row[0].set(title=f"{name}: test accuracy (%)", xlabel="epoch", ylim=(90, 100))
         row[0].legend(loc="lower right")
         top = 1.05 * max(max(norms) for run in runs if run.optimizer == name for norms in run.norms)

@@ -15,6 +15,8 @@ import torch
 import train
 from torch import nn
 
+import fastwrs
+
 
 def eager_loop(groups: list[dict[str, Any]], lr: float) -> Callable[[], None]:
     """What users write today: one round of small kernels for every weight."""
@@ -22,17 +24,16 @@ def eager_loop(groups: list[dict[str, Any]], lr: float) -> Callable[[], None]:
     @torch.no_grad()
     def after_step() -> None:
         for group in groups:
-            rescale, shrink = group.get("rescale"), group.get("shrink")
-            if rescale is None and shrink is None:
+            option = group.get("rescale") or group.get("shrink")
+            if option is None:
                 continue
-            axis = (rescale or shrink).axis
             for weight in group["params"]:
-                dims = tuple(range(1, weight.ndim)) if axis == "out" else (1,)
+                dims = tuple(range(1, weight.ndim)) if option.axis == "out" else (1,)
                 norm = torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
-                if rescale is not None:
-                    weight.mul_(rescale.target / norm)
+                if isinstance(option, fastwrs.Rescale):
+                    weight.mul_(option.target / norm)
                 else:
-                    weight.mul_((1 - lr * shrink.rate * norm).clamp_(min=0))
+                    weight.mul_((1 - lr * option.rate * norm).clamp_(min=0))
 
     return after_step
 

@@ -1,0 +1,206 @@
+"""Faults to plant in the kernels, and how a copy of the package is built with one of them and put to the tests.
+
+A mutant is a textual replacement in one file whose ``old`` text must be there exactly once, so that a list that has
+fallen behind the code is noticed. Every mutant faces the same tests, those of ``face_the_tests``, in a process of its
+own that loads the faulty extension.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+from unittest import mock
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+LOADED, PASSED = "the extension under test is loaded", "all tests passed"
+
+
+class Mutant(NamedTuple):
+    """One fault."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+def _adam(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/rules/adam.h", old, new)
+
+
+def _sgd(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/rules/sgd.h", old, new)
+
+
+def _projection(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/norms/projection.h", old, new)
+
+
+def _bindings(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/bindings.cpp", old, new)
+
+
+def _worker(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/cpu/worker.h", old, new)
+
+
+def _leaves(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/cpu/leaves.cpp", old, new)
+
+
+MUTANTS = (
+    # the rules
+    _adam("bias correction 1 of the step before", "std::pow(h[kBeta1], t)", "std::pow(h[kBeta1], t - 1)"),
+    _adam("bias correction 2 of the step before", "std::pow(h[kBeta2], t)", "std::pow(h[kBeta2], t - 1)"),
+    _adam("no decoupled decay", "decoupled ? 1 - lr * h[kWeightDecay] : 1", "1"),
+    _adam("no coupled decay in adam", "s.coupled_decay != 0 ? g + s.coupled_decay * w : g", "g"),
+    _adam("eps under the root", "square_root(largest) *", "square_root(largest + s.eps) *"),
+    _adam("amsgrad without its maximum", "state[2] = largest = maximum(", "state[2] = maximum("),
+    _sgd("no weight decay in sgd", "s.weight_decay != 0 ? g + s.weight_decay * w : g", "g"),
+    _sgd("no nesterov", "s.nesterov != 0 ? g + s.momentum * buffer : buffer", "buffer"),
+    _sgd("no dampening", "1 - h[kDampening]", "1"),
+    _sgd("no first step", "s.first != 0 ? g :", ""),
+    # schedule, rescale, shrink
+    _projection("rescale a step late", "fmod(t, every)", "fmod(t - 1, every)"),
+    _projection("stop is included", "t < stop", "t <= stop"),
+    _projection("start is excluded", "start <= t", "start < t"),
+    _projection("rescale with lr 0", "p.rescale = lr != 0 &&", "p.rescale ="),
+    _projection("shrink with lr 0", "p.shrink = lr != 0 &&", "p.shrink ="),
+    _projection("a zero norm is scaled", "norm > 0 && is_finite(norm)", "is_finite(norm)"),
+    _projection("an infinite norm is scaled", "norm > 0 && is_finite(norm)", "norm > 0"),
+    _projection("an epsilon in the quotient", "T(target) / norm", "T(target) / (norm + T(1e-12))"),
+    _worker("shrink by the norm after", "shrink_factor(before,", "shrink_factor(updated,"),
+    # norms
+    _bindings(
+        "norms of the wrong axis",
+        "view.reduced = axes;",
+        "for (int64_t mask = axes, d = axes = mask > 0 ? 0 : mask; mask > 0 && d < view.dims; ++d) "
+        "axes |= ((mask >> d) & 1) << (view.dims - 1 - d);\n  view.reduced = axes;",
+    ),
+    Mutant("norms in the wrong order", "csrc/norms/geometry.cpp", "if (!row_major && !dim.reduced)", "if (false)"),
+    _leaves(
+        "sums without a last element", "j < m; ++j) lanes[j] += kSquare", "j + (n == m) < m; ++j) lanes[j] += kSquare"
+    ),
+    _leaves(
+        "running sums",
+        "for (int64_t j = 0; j < width; ++j) {\n    level[j] =",
+        "a.blocks = 0;\n  level = block + width;\n  for (int64_t j = 0; j < width; ++j) {\n    level[j] =",
+    ),
+    _worker(
+        "the factors of another strip",
+        "b.unit * p.geometry.cols + b.first_column;\n    for_runs",
+        "b.unit * p.geometry.cols;\n    for_runs",
+    ),
+    # the update
+    _leaves("no last element", "Accumulator<C>::kLanes : n;", "Accumulator<C>::kLanes : n - 1;"),
+    _leaves("maximize ignored", "a.maximize ? C(-1) : C(1)", "C(1)"),
+    _leaves("the unscaled gradient is not written", "grad[i] = narrow(g, G());", ""),
+    _worker(
+        "strided arrays are written by the parameter's strides",
+        "stride = inner.stride[k];",
+        "stride = inner.stride[scatter ? 0 : k];",
+    ),
+    Mutant("bfloat16 is cut off", "csrc/core/dtypes.h", "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16"),
+    Mutant(
+        "float16 is cut off",
+        "csrc/core/dtypes.h",
+        "(a + 0xfffu + ((a >> 13) & 1u) - (112u << 23)) >> 13",
+        "(a - (112u << 23)) >> 13",
+    ),
+    # the call
+    _bindings("found_inf is compared with 1", '"found_inf") != 0', '"found_inf") == 1'),
+    _bindings("fresh ignored", ".fresh = true;", ".fresh = false;"),
+    _bindings("lr tensors ignored", "h[kLrTensor] < 0 ? h[kLr] :", "true ? h[kLr] :"),
+    _bindings("the first record for all", "row = a.groups[i];", "row = 0;"),
+    Mutant("steps stand still", "csrc/cpu/engine.cpp", "*job.steps[i].step = finished[i];", ""),
+    _worker("another norm is measured", "norm[kUpdate] / norm[kBefore]", "norm[kUpdated] / norm[kBefore]"),
+)
+
+# What tests of values cannot see, and AddressSanitizer does.
+OUT_OF_BOUNDS = (
+    _worker("scratch one too short", "s.resize(sums)", "s.resize(sums - 1)"),
+    _worker("a ninth number is measured", "row[7] = ", "row[8] = row[7] = "),
+)
+
+
+def setup_module(folder: Path) -> ModuleType:
+    """The setup.py of a folder, imported without running it."""
+    spec = importlib.util.spec_from_file_location("fastwrs_setup", folder / "setup.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch("setuptools.setup"):
+        spec.loader.exec_module(module)
+    return module
+
+
+def copy_of_the_package(folder: Path) -> Path:
+    """What a build needs, in a folder: csrc and setup.py, and fastwrs in lib, where the extension comes to lie."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copytree(ROOT / "fastwrs", folder / "lib/fastwrs", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy2(ROOT / "setup.py", folder)
+    return folder
+
+
+def build(folder: Path, mutant: Mutant | None = None, **environment: str) -> str | None:
+    """Builds the extension in a copy, with a mutant planted; returns why that failed, if it did.
+
+    For speed it has plain code only and little optimisation. ninja makes only what the mutant changes where the folder
+    is a copy of one that has been built: all paths are relative.
+    """
+    if mutant is not None:
+        path = folder / ("lib" if mutant.file.startswith("fastwrs/") else "") / mutant.file
+        text = path.read_text(encoding="utf-8")
+        if (count := text.count(mutant.old)) != 1:
+            return f"the list of mutants is out of date: {mutant.old!r} is {count} times in {mutant.file}"
+        path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    setup = setup_module(folder)
+    with mock.patch.object(setup, "is_x86", return_value=False), mock.patch.dict(os.environ, environment):
+        target = folder / "lib/fastwrs/_C.abi3.so"
+        rules = setup.ninja_file(setup.find_compiler(), setup.find_torch(), target)
+    objects = folder / "objects"
+    objects.mkdir(exist_ok=True)
+    rules = rules.replace(str(folder.resolve()), "..").replace("-O3", "-O1")
+    (objects / "build.ninja").write_text(rules, encoding="utf-8")
+    ninja = [*setup.BuildExtension.find_ninja(), "-C", str(objects), "-j1"]
+    done = subprocess.run(ninja, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr if done.returncode else None
+
+
+def run(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Puts the extension of a folder to the tests, in a process of its own."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("FASTWRS_")}
+    env |= {"PYTHONPATH": str(folder / "lib"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    command = [sys.executable, str(Path(__file__).resolve())]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=600)
+
+
+def face_the_tests() -> None:
+    """The tests that every mutant faces: all cases of a step, projections, norms. Raises at the first that fails."""
+    import test_cpu
+    from cases import CASES, one_thread
+
+    from fastwrs import library
+
+    library.load()
+    print(LOADED, sys.modules["fastwrs._C"].__file__, flush=True)
+    # each seventh first, so that a fault that few cases see does not wait for the end of the list
+    tests = [(test_cpu.test_step, (case,)) for first in range(7) for case in CASES[first::7]]
+    for dtype in test_cpu.FLOATS.values():
+        tests += [(test_cpu.test_rescale_op, (dtype,)), (test_cpu.test_channel_norms_op, (dtype,))]
+        tests += [(test_cpu.test_norms_after_a_rescale, (28_672, axis, dtype)) for axis in ("out", "tensor", (0,))]
+    with one_thread():
+        for test, arguments in tests:
+            print(test.__name__, getattr(arguments[0], "id", arguments), flush=True)
+            test(*arguments)
+    print(PASSED)
+
+
+if __name__ == "__main__":
+    face_the_tests()

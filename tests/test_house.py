@@ -1,0 +1,153 @@
+"""The house: what the README promises exists, things that must be said once are said once, nothing private slips in."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import setuptools
+
+import fastwrs
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = {".py", ".md", ".toml", ".txt", ".h", ".cpp", ".jsonl", ""}
+
+
+def files() -> list[Path]:
+    """What is or would be tracked."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    return [path for name in listed.splitlines() if (path := ROOT / name).is_file() and path.suffix in TEXT]
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_documented_commands_exist():
+    targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.M))
+    phony = set(re.findall(r"[a-z]+", read("Makefile").split(".PHONY:")[1].splitlines()[0]))
+    documents = "\n".join(read(name) for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))
+    commands = set(re.findall(r"(?:`|^|; )make ([a-z]+)", documents, re.M))
+    assert {"demo", "test", "bench", "lint", "format"} <= commands | {"bench"}
+    assert commands <= targets
+    assert phony == targets
+    assert "make test" in read(".ci/run")
+
+
+def test_documented_files_exist():
+    for name in ("README.md", "CONTRIBUTING.md", "docs/design.md"):
+        links = re.findall(r"\]\(([^)#:]+)\)", read(name))
+        named = re.findall(r"`((?:fastwrs|csrc|tests|docs|bench|requirements)/[\w./]+)`", read(name))
+        # The recipe's own rule is an example.
+        missing = [link for link in [*links, *named] if "lion" not in link and not (ROOT / link).exists()]
+        assert not missing, f"{name} names {missing}"
+
+
+def test_the_quick_start_runs():
+    code = re.findall(r"```python\n(.*?)```", read("README.md"), re.S)
+    assert len(code) == 1
+    setup = """
+import torch
+torch.manual_seed(0)
+layers = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 2)
+model = torch.nn.Sequential(*layers)
+loss_fn = torch.nn.functional.cross_entropy
+loader = [(torch.randn(8, 3, 4, 4), torch.randint(2, (8,))) for _ in range(3)]
+"""
+    names: dict = {}
+    exec(setup + code[0], names)
+    norms = fastwrs.channel_norms([names["model"][0].weight, names["model"][3].weight])
+    assert max(float((n - 1).abs().max()) for n in norms) < 3e-7
+
+
+def test_the_version_stands_once():
+    assert f'"{fastwrs.__version__}"' in read("fastwrs/_version.py")
+    assert f"## {fastwrs.__version__}" in read("CHANGELOG.md")
+    sources = [path for path in files() if path.suffix in {".py", ".toml", ".cpp", ".h"}]
+    assert [path.name for path in sources if fastwrs.__version__ in path.read_text("utf-8")] == ["_version.py"]
+
+
+def test_the_licence():
+    assert "Apache License" in read("LICENSE").splitlines()[0]
+    assert "END OF TERMS AND CONDITIONS" in read("LICENSE")
+    assert 'license = "Apache-2.0"' in read("pyproject.toml")
+
+
+def test_nothing_of_a_single_machine():
+    folders = "|".join(["work", "farm", "root", "home", "tmp/"])
+    hosts = "|".join(["pypi" r"\.org", "python" r"hosted", "download\\.pytorch"])
+    private = re.compile(rf"(?<![\w.*])/(?:{folders})(?![\w])|{hosts}")
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in files()
+        if (match := private.search(path.read_text(encoding="utf-8")))
+    ]
+    assert found == []
+
+
+def test_public_names_have_docstrings():
+    missing = []
+    for name in fastwrs.__all__:
+        value = getattr(fastwrs, name)
+        if not isinstance(value, str) and len(inspect.getdoc(value) or "") < 40:
+            missing.append(name)
+    assert not missing
+    for kind in (fastwrs.SGD, fastwrs.Adam, fastwrs.Rescale, fastwrs.rescale_):  # AdamW's points to Adam's
+        assert "update_bn" in (inspect.getdoc(kind) or ""), kind.__name__
+
+
+def test_importing_needs_torch_only():
+    code = "import sys, fastwrs; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    plain = "import sys, torch; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    ours, torch_ = (
+        set(subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True).stdout.split())
+        for c in (code, plain)
+    )
+    assert ours - torch_ - sys.stdlib_module_names - {n for n in ours if n.startswith("__editable__")} == {"fastwrs"}
+
+
+def test_only_the_package_is_installed():
+    include = ast.literal_eval(re.findall(r"^include = (\[\"fastwrs.*\])$", read("pyproject.toml"), re.M)[0])
+    packages = setuptools.find_packages(str(ROOT), include=include)
+    assert packages
+    assert all(package.split(".")[0] == "fastwrs" for package in packages)
+    assert (ROOT / "fastwrs" / "py.typed").is_file()
+
+
+def test_files_are_short_enough_to_read():
+    sources = [path for path in files() if path.suffix in {".py", ".h", ".cpp"}]
+    assert [path.name for path in sources if len(path.read_text(encoding="utf-8").splitlines()) > 600] == []
+
+
+def test_every_test_asserts():
+    """A test that asserts nothing passes with a broken kernel too."""
+    silent = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+        def asserts(node: ast.AST, seen: frozenset[str], functions: dict[str, ast.FunctionDef]) -> bool:
+            for part in ast.walk(node):
+                if isinstance(part, ast.Assert):
+                    return True
+                if isinstance(part, ast.Call):
+                    name = ast.unparse(part.func).split(".")[-1]
+                    if name in ("raises", "warns", "fail", "opcheck") or name.startswith(("assert_", "check")):
+                        return True
+                    if name in functions and name not in seen and asserts(functions[name], seen | {name}, functions):
+                        return True
+            return False
+
+        silent += [
+            f"{path.name}::{name}"
+            for name, node in functions.items()
+            if name.startswith("test_") and not asserts(node, frozenset({name}), functions)
+        ]
+    assert silent == []
