@@ -39,8 +39,11 @@ struct TensorPlan {
 
   bool sums() const { return wants[kBefore] || wants[kUpdated] || wants[kGrad] || wants[kUpdate]; }
   bool scales() const { return projection.rescale || projection.shrink; }
-  // Whether a unit can be scaled while the next one is updated: one factor, and memory that stays where it is.
-  bool scales_behind() const { return scales() && units_per_tile == 1 && geometry.cols == 1 && !geometry.strided(); }
+  // Whether there is nothing to do but to rescale rows of some length where they lie, by one factor each.
+  bool only_rescales_rows() const {
+    return projection.rescale && units_per_tile == 1 && geometry.cols == 1 && !geometry.strided() && !wants[kBefore] &&
+           !wants[kGrad] && !wants[kUpdate];
+  }
   int64_t sum_size() const { return geometry.units * row_items * geometry.cols; }
   int64_t workspace_size() const { return path == kTwoPhases ? kSums * sum_size() + geometry.groups() : 0; }
 

@@ -115,14 +115,13 @@ class Worker {
   void first_phase(const Call<P>& call, const Work<C>& w, int64_t item) {
     const TensorPlan& p = w.plan;
     if (p.path == TensorPlan::kOnePass) {
-      const int64_t end = std::min(p.geometry.units, (item + 1) * p.units_per_item);
-      behind_ = nullptr;
-      for (int64_t unit = item * p.units_per_item; unit < end; unit += p.units_per_tile) {
+      const int64_t begin = item * p.units_per_item, end = std::min(p.geometry.units, begin + p.units_per_item);
+      if (kInPlace && call.update && p.only_rescales_rows()) return rescale_rows(call, w, begin, end);
+      for (int64_t unit = begin; unit < end; unit += p.units_per_tile) {
         const int64_t units = std::min(p.units_per_tile, end - unit);
         with_run(call, w, unit * p.geometry.unit_size(), units * p.geometry.unit_size(), call.writes,
                  [&](const Cursor& at) { tile(call, w, at, unit, units); });
       }
-      if (behind_) call.store.scale(reinterpret_cast<C*>(behind_), behind_, p.geometry.unit_size(), behind_factor_);
       return;
     }
     const Block b = block(p, item);
@@ -132,7 +131,7 @@ class Worker {
         const int64_t m = std::min(p.run, n - i);
         Cursor run = advance(call, w, at, i);
         C* updated = kInPlace ? reinterpret_cast<C*>(run.array[0]) : updated_.data();
-        update(call, w, run, m, updated, nullptr, [&] {
+        update(call, w, run, m, updated, [&] {
           if (kInPlace || !call.writes || !call.update) return;
           // Two phases take the norm of what is stored.
           call.store.narrow(updated, reinterpret_cast<P*>(run.array[0]), m);
@@ -207,6 +206,13 @@ class Worker {
     return call.workspace + p.workspace + kSums * p.sum_size();
   }
 
+  static Cursor cursor(const Call<P>& call, const Work<C>& w, int64_t begin) {
+    Cursor at{};
+    for (int k = 0; k < w.view->arrays; ++k) {
+      at.array[k] = static_cast<char*>(w.view->array[k].data) + begin * call.element_size(k);
+    }
+    return at;
+  }
   static Cursor advance(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t elements) {
     Cursor to{};
     for (int k = 0; k < w.view->arrays; ++k) to.array[k] = at.array[k] + elements * call.element_size(k);
@@ -218,13 +224,8 @@ class Worker {
   template <class Body>
   void with_run(const Call<P>& call, const Work<C>& w, int64_t begin, int64_t n, bool writes, const Body& body) {
     const TensorView& view = *w.view;
+    if (!w.plan.geometry.strided()) return body(cursor(call, w, begin));
     Cursor at{};
-    if (!w.plan.geometry.strided()) {
-      for (int k = 0; k < view.arrays; ++k) {
-        at.array[k] = static_cast<char*>(view.array[k].data) + begin * call.element_size(k);
-      }
-      return body(at);
-    }
     for (int k = 0; k < view.arrays; ++k) {
       at.array[k] = gathered_[k].data();
       move(w, k, call.element_size(k), begin, n, gathered_[k].data(), false);
@@ -301,44 +302,25 @@ class Worker {
       call.sum.add_squares(accumulators_[k], x, m);
       x += m;
       n -= m;
-      end_run(call, k, m);
+      group_left_[k] -= m;
+      if (group_left_[k] > 0) return;
+      call.sum.finish(accumulators_[k], next_sum_[k]);
+      next_sum_[k] += accumulators_[k].cols;
+      group_left_[k] = group_size_[k];
     }
-  }
-
-  // n elements of the current set have been added to sum k.
-  void end_run(const Call<P>& call, int k, int64_t n) {
-    group_left_[k] -= n;
-    if (group_left_[k] > 0) return;
-    call.sum.finish(accumulators_[k], next_sum_[k]);
-    next_sum_[k] += accumulators_[k].cols;
-    group_left_[k] = group_size_[k];
   }
 
   // One run through the rule, with the sums that are wanted; `stored` runs between the update and the sum over its
   // result.
   template <class Stored>
-  void update(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t n, C* updated, C* behind,
-              const Stored& stored) {
+  void update(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t n, C* updated, const Stored& stored) {
     const TensorPlan& p = w.plan;
     const P* param = reinterpret_cast<const P*>(at.array[0]);
-    // The sum over the updated weights rides in the update's loop where the run lies in one set of groups.
-    const bool fused = kInPlace && call.update && p.wants[kUpdated] && n <= group_left_[kUpdated];
     if (!kInPlace && (p.wants[kBefore] || !call.update)) call.store.widen(param, updated, n);
     if (p.wants[kBefore]) feed(call, kBefore, kInPlace ? reinterpret_cast<const C*>(param) : updated, n);
     if (call.update) {
-      UpdateArgs args{};
-      args.param = at.array[0];
-      args.grad = at.array[1];
-      for (int k = 2; k < w.view->arrays; ++k) args.state[k - 2] = at.array[k];
-      args.updated = updated;
+      UpdateArgs args = arguments(call, w, at, n, updated);
       args.step = p.wants[kUpdate] ? step_.data() : nullptr;
-      args.squares = fused ? &accumulators_[kUpdated] : nullptr;
-      args.behind = behind;
-      args.behind_factor = behind_factor_;
-      args.scalars = w.scalars;
-      args.grad_scale = call.grad_scale;
-      args.maximize = w.maximize;
-      args.n = n;
       call.update(args);
       if (p.wants[kUpdate]) feed(call, kUpdate, step_.data(), n);
       if (p.wants[kGrad]) {
@@ -347,11 +329,7 @@ class Worker {
       }
     }
     stored();
-    if (fused) {
-      end_run(call, kUpdated, n);
-    } else if (p.wants[kUpdated]) {
-      feed(call, kUpdated, updated, n);
-    }
+    if (p.wants[kUpdated]) feed(call, kUpdated, updated, n);
   }
 
   void widen_grad(const Call<P>& call, const void* grad, int64_t n) {
@@ -373,6 +351,41 @@ class Worker {
     }
   }
 
+  static UpdateArgs arguments(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t n, C* updated) {
+    UpdateArgs args{};
+    args.param = at.array[0];
+    args.grad = at.array[1];
+    for (int k = 2; k < w.view->arrays; ++k) args.state[k - 2] = at.array[k];
+    args.updated = updated;
+    args.scalars = w.scalars;
+    args.grad_scale = call.grad_scale;
+    args.maximize = w.maximize;
+    args.n = n;
+    return args;
+  }
+
+  // The usual work by itself: rows are updated and summed in one loop, in which the row before is scaled. The same bits
+  // as by `tile`.
+  void rescale_rows(const Call<P>& call, const Work<C>& w, int64_t begin, int64_t end) {
+    const int64_t size = w.plan.geometry.unit_size();
+    start_sum(call, kUpdated, 1, size);
+    C *behind = nullptr, factor = 1;
+    for (int64_t row = begin; row < end; ++row) {
+      const Cursor at = cursor(call, w, row * size);
+      C* updated = reinterpret_cast<C*>(at.array[0]);
+      UpdateArgs args = arguments(call, w, at, size, updated);
+      args.squares = &accumulators_[kUpdated];
+      args.behind = behind;
+      args.behind_factor = factor;
+      call.update(args);
+      C squares;
+      call.sum.finish(accumulators_[kUpdated], &squares);
+      factor = projection_factor(w.plan.projection, C(0), square_root(squares));
+      behind = updated;
+    }
+    call.store.scale(behind, reinterpret_cast<P*>(behind), size, factor);
+  }
+
   // Whole units that fit the cache together: updated, summed and scaled before the next ones are read.
   void tile(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t unit, int64_t units) {
     const TensorPlan& p = w.plan;
@@ -381,17 +394,12 @@ class Worker {
     C* updated = kInPlace ? reinterpret_cast<C*>(param) : staged_.data();
     start_sums(call, p, cols, size);
     for (int64_t i = 0; i < n; i += p.run) {
-      C* behind = behind_ ? reinterpret_cast<C*>(behind_) + i : nullptr;
-      update(call, w, advance(call, w, at, i), std::min(p.run, n - i), updated + i, behind, [] {});
+      update(call, w, advance(call, w, at, i), std::min(p.run, n - i), updated + i, [] {});
     }
-    behind_ = nullptr;
     for (int64_t u = 0; u < units; ++u) {
       conclude(call, w, (unit + u) * cols, cols, u * cols, factors_.data());
       if (!call.writes) continue;
-      if (kInPlace && call.update && p.scales_behind()) {
-        behind_ = param;
-        behind_factor_ = factors_[0];
-      } else if (p.scales()) {
+      if (p.scales()) {
         apply(call, updated + u * size, param + u * size, size, factors_.data(), cols);
       } else if (!kInPlace) {
         call.store.narrow(updated + u * size, param + u * size, size);
@@ -439,8 +447,6 @@ class Worker {
   std::vector<C> staged_, updated_, step_, grad_, sums_[kSums], storage_[kSums], factors_;
   std::vector<char> gathered_[kMaxArrays];
   C pattern_[16 * 64];
-  P* behind_ = nullptr;  // the unit before, which is scaled while this one is updated
-  C behind_factor_ = 1;
   Accumulator<C> accumulators_[kSums];
   int64_t group_size_[kSums], group_left_[kSums];
   C* next_sum_[kSums];
