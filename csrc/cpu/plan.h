@@ -23,6 +23,11 @@ constexpr int64_t kStrip = 1024, kStripRows = 64;
 // Sums of squares that a step needs of each group. The order is that of the partial sums in the workspace.
 enum Sum { kBefore, kUpdated, kGrad, kUpdate, kSums };
 
+// An item of work that is not whole units: rows and columns of one unit.
+struct Block {
+  int64_t unit, row_item, first_row, rows, first_column, columns;
+};
+
 struct TensorPlan {
   enum Path { kElementwise, kOnePass, kTwoPhases };
 
@@ -51,6 +56,17 @@ struct TensorPlan {
   int64_t tile_size() const { return path == kOnePass ? units_per_tile * geometry.unit_size() : rows_per_item * strip; }
   // Columns and elements of the longest run of a group set that is summed in one go.
   int64_t sum_columns() const { return path == kOnePass ? geometry.cols : strip; }
+
+  Block block(int64_t item) const {
+    Block b;
+    b.row_item = item / strips % row_items;
+    b.unit = item / strips / row_items;
+    b.first_row = b.row_item * rows_per_item;
+    b.rows = std::min(rows_per_item, geometry.rows - b.first_row);
+    b.first_column = item % strips * strip;
+    b.columns = std::min(strip, geometry.cols - b.first_column);
+    return b;
+  }
 
   void cut() {
     const Geometry& g = geometry;

@@ -7,6 +7,7 @@
 
 #include "../core/dtypes.h"
 #include "engine.h"
+#include "gather.h"
 #include "leaves.h"
 #include "plan.h"
 
@@ -71,7 +72,7 @@ struct Cursor {
   char* array[kMaxArrays];
 };
 
-// The factor that projects a group with these norms, and what is recorded of it.
+// The factor that projects a group with these norms.
 template <class C>
 C projection_factor(const Projection& p, C before, C updated) {
   if (p.rescale) return rescale_factor(updated, p.target);
@@ -124,7 +125,7 @@ class Worker {
       }
       return;
     }
-    const Block b = block(p, item);
+    const Block b = p.block(item);
     start_sums(call, p, b.columns, b.rows * b.columns);
     for_runs(call, w, b, call.writes, [&](const Cursor& at, int64_t n) {
       for (int64_t i = 0; i < n; i += p.run) {
@@ -147,7 +148,7 @@ class Worker {
   // Second phase: the sums of one strip of one unit are finished in a fixed order and become factors.
   void finish(const Call<P>& call, const Work<C>& w, int64_t item) {
     const TensorPlan& p = w.plan;
-    Block b = block(p, item / p.strips * p.row_items * p.strips + item % p.strips);
+    Block b = p.block(item / p.strips * p.row_items * p.strips + item % p.strips);
     for (int k = 0; k < kSums; ++k) {
       if (!p.wants[k]) continue;
       start_sum(call, k, b.columns, p.row_items * b.columns);
@@ -163,7 +164,7 @@ class Worker {
   // Third: the factors are applied.
   void scale(const Call<P>& call, const Work<C>& w, int64_t item) {
     const TensorPlan& p = w.plan;
-    const Block b = block(p, item);
+    const Block b = p.block(item);
     const C* factor = factors(call, p) + b.unit * p.geometry.cols + b.first_column;
     for_runs(call, w, b, true, [&](const Cursor& at, int64_t n) {
       P* param = reinterpret_cast<P*>(at.array[0]);
@@ -181,23 +182,6 @@ class Worker {
   }
 
  private:
-  // An item of the two-phase path: rows and columns of one unit.
-  struct Block {
-    int64_t unit, row_item, first_row, rows, first_column, columns;
-  };
-
-  static Block block(const TensorPlan& p, int64_t item) {
-    Block b;
-    const int64_t strip = item % p.strips;
-    b.row_item = item / p.strips % p.row_items;
-    b.unit = item / p.strips / p.row_items;
-    b.first_row = b.row_item * p.rows_per_item;
-    b.rows = std::min(p.rows_per_item, p.geometry.rows - b.first_row);
-    b.first_column = strip * p.strip;
-    b.columns = std::min(p.strip, p.geometry.cols - b.first_column);
-    return b;
-  }
-
   static C* partial(const Call<P>& call, const TensorPlan& p, int sum, const Block& b) {
     return call.workspace + p.workspace + sum * p.sum_size() + (b.unit * p.row_items + b.row_item) * p.geometry.cols +
            b.first_column;
@@ -228,12 +212,12 @@ class Worker {
     Cursor at{};
     for (int k = 0; k < view.arrays; ++k) {
       at.array[k] = gathered_[k].data();
-      move(w, k, call.element_size(k), begin, n, gathered_[k].data(), false);
+      gather(view, w.plan.geometry, k, call.element_size(k), begin, n, gathered_[k].data());
     }
     body(at);
     for (int k = 0; writes && k < view.arrays; ++k) {
       if (k == 1 && call.grad_scale == 0) continue;
-      move(w, k, call.element_size(k), begin, n, gathered_[k].data(), true);
+      scatter(view, w.plan.geometry, k, call.element_size(k), begin, n, gathered_[k].data());
     }
   }
 
@@ -248,33 +232,6 @@ class Worker {
     }
     for (int64_t row = 0; row < b.rows; ++row) {
       with_run(call, w, begin + row * g.cols, b.columns, writes, [&](const Cursor& at) { body(at, b.columns); });
-    }
-  }
-
-  // Copies n elements of array k between the tensor and `buffer`, in the order of the walk.
-  void move(const Work<C>& w, int k, int64_t size, int64_t begin, int64_t n, char* buffer, bool scatter) {
-    const std::vector<WalkDim>& walk = w.plan.geometry.walk;
-    const WalkDim& inner = walk.back();
-    char* base = static_cast<char*>(w.view->array[k].data);
-    while (n > 0) {
-      int64_t index = begin, offset = 0;
-      for (auto dim = walk.rbegin(); dim != walk.rend(); ++dim) {
-        offset += index % dim->size * dim->stride[k];
-        index /= dim->size;
-      }
-      const int64_t run = std::min(n, inner.size - begin % inner.size), stride = inner.stride[k];
-      char* at = base + offset * size;
-      if (stride == 1) {
-        scatter ? std::memcpy(at, buffer, run * size) : std::memcpy(buffer, at, run * size);
-      } else {
-        for (int64_t i = 0; i < run; ++i) {
-          char* element = at + i * stride * size;
-          scatter ? std::memcpy(element, buffer + i * size, size) : std::memcpy(buffer + i * size, element, size);
-        }
-      }
-      begin += run;
-      n -= run;
-      buffer += run * size;
     }
   }
 

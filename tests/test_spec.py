@@ -1,0 +1,93 @@
+"""A rule is written in three places: spec.py, the oracle, a C++ functor. A forgotten place is one clear failure here."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+import fastwrs
+from fastwrs import library, reference, spec
+from fastwrs.reference import rules
+
+pytestmark = pytest.mark.cpu
+
+
+def described() -> dict[str, tuple[list[str], list[str]]]:
+    """What the functors say of themselves: hyperparameters and slots by rule; "common" is the shared record."""
+    library.load()
+    found = {}
+    for line in torch.ops.fastwrs.rules().splitlines():
+        name, _, rest = line.partition(":")
+        hypers, _, slots = rest.partition("|")
+        found[name] = hypers.split(), slots.split()
+    return found
+
+
+def test_common_record() -> None:
+    assert described()["common"][0] == [hyper.name for hyper in spec.COMMON]
+
+
+def test_the_same_rules_everywhere() -> None:
+    assert set(described()) - {"common"} == set(spec.RULES) == set(rules.RULES)
+
+
+@pytest.mark.parametrize("rule", spec.RULES.values(), ids=spec.RULES)
+def test_functor(rule: spec.Rule) -> None:
+    hypers, slots = described()[rule.name]
+    assert hypers == [hyper.name for hyper in rule.hypers]
+    assert slots == [slot.name for slot in rule.slots]
+
+
+class Recorder(dict):
+    """A dict that remembers which keys were read."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("rule", spec.RULES.values(), ids=spec.RULES)
+def test_oracle(rule: spec.Rule) -> None:
+    """The oracle reads every hyperparameter of the rule and keeps exactly its slots."""
+    read: set[str] = set()
+    for flag in (0.0, 1.0):
+        hyper = Recorder({h.name: flag if h.flag else 0.5 for h in rule.record})
+        states = {slot.name: torch.ones(2, 3) for slot in rule.slots}
+        result = reference.step(
+            rule.name, torch.ones(2, 3), torch.ones(2, 3), states, t=2, hyper=hyper, dims=None, first=False
+        )
+        assert list(result.states) == [slot.name for slot in rule.slots]
+        read |= hyper.read
+    assert {h.name for h in rule.hypers} <= read
+
+
+@pytest.mark.parametrize("rule", spec.RULES.values(), ids=spec.RULES)
+def test_optimizer(rule: spec.Rule) -> None:
+    """Some optimizer runs the rule, and takes what switches its optional slots on."""
+    kinds = [kind for _, kind in inspect.getmembers(fastwrs, inspect.isclass) if getattr(kind, "rule", None) is rule]
+    assert kinds
+    for slot in rule.slots:
+        assert slot.when is None or any(slot.when in inspect.signature(kind).parameters for kind in kinds)
+
+
+def test_dtype_triples() -> None:
+    """The op takes the triples of the spec, and no other."""
+    library.load()
+    dtypes = ("float32", "float64", "bfloat16", "float16")
+    width = len(spec.RULES["sgd"].record)
+    for param in dtypes:
+        for grad in dtypes:
+            for state in dtypes:
+                tensors = [torch.ones(2, dtype=getattr(torch, dtype)) for dtype in (param, grad, state)]
+                args = ([tensors[0]], [tensors[1]], [tensors[2]], [torch.zeros(())], [0.0] * width, [0], [0], [], [])
+                if (param, grad, state) in spec.DTYPE_TRIPLES:
+                    torch.ops.fastwrs.step("sgd", *args, None, None, None, None, True)
+                else:
+                    with pytest.raises(RuntimeError, match="do not go together"):
+                        torch.ops.fastwrs.step("sgd", *args, None, None, None, None, True)
