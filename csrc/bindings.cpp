@@ -253,7 +253,7 @@ cpu::TensorStep tensor_step(const StepArgs& a, int64_t i, int64_t record, const 
   const double* h = a.hyper.data() + row * record;
   const Facts step = describe(a.steps[i], "steps", i);
   if (step.numel != 1 || step.dtype != Dtype::kFloat32) fail("steps[", i, "] must hold one float32");
-  if (h[kLrTensor] >= double(lrs.size())) fail("lr_tensor ", h[kLrTensor], " but there are ", lrs.size(), " lrs");
+  if (!(h[kLrTensor] < double(lrs.size()))) fail("lr_tensor ", h[kLrTensor], " but there are ", lrs.size(), " lrs");
   const double lr = h[kLrTensor] < 0 ? h[kLr] : lrs[size_t(h[kLrTensor])];
   return {static_cast<float*>(step.data),
           h + kCommon,

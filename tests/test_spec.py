@@ -1,4 +1,4 @@
-"""A rule is written in three places: spec.py, the oracle, a C++ functor. A forgotten place is one clear failure here."""
+"""A rule is written in three places: spec.py, the oracle, a C++ functor. A forgotten one is a clear failure here."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def test_dtype_triples() -> None:
     """The op takes the triples of the spec, and no other."""
     library.load()
     dtypes = ("float32", "float64", "bfloat16", "float16")
-    width = len(spec.RULES["sgd"].record)
+    record = [-1.0 if hyper.name == "lr_tensor" else 0.0 for hyper in spec.RULES["sgd"].record]
     for param in dtypes:
         for grad in dtypes:
             for state in dtypes:
                 tensors = [torch.ones(2, dtype=getattr(torch, dtype)) for dtype in (param, grad, state)]
-                args = ([tensors[0]], [tensors[1]], [tensors[2]], [torch.zeros(())], [0.0] * width, [0], [0], [], [])
+                args = ([tensors[0]], [tensors[1]], [tensors[2]], [torch.zeros(())], record, [0], [0], [], [])
                 if (param, grad, state) in spec.DTYPE_TRIPLES:
                     torch.ops.fastwrs.step("sgd", *args, None, None, None, None, True)
                 else:
