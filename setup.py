@@ -32,6 +32,7 @@ ISA_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
 }
 # No contraction, so that every instruction set gives the same bits; no errno and no traps, so that loops vectorise.
+WARNINGS = "-Wall -Wextra -Wno-psabi"  # psabi: vectors are passed between our own functions only
 NUMERIC_FLAGS = "-ffp-contract=off -fno-math-errno -fno-trapping-math"
 TORCH_TARGET = "0x020a000000000000"  # the oldest torch that the binary runs with: 2.10
 
@@ -62,7 +63,7 @@ def ninja_file(compiler: str, torch: Path, output: Path) -> str:
         link = "-fsanitize=address,undefined"
     includes = f"-isystem {torch / 'include'} -isystem {sysconfig.get_paths()['include']}"
     defines = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}" + (" -DFASTWRS_WITH_X86" if is_x86() else "")
-    flags = f"-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi {optimise} {NUMERIC_FLAGS} {defines} {includes}"
+    flags = f"-std=c++17 -fPIC -fvisibility=hidden {WARNINGS} {optimise} {NUMERIC_FLAGS} {defines} {includes}"
     lines = [
         "ninja_required_version = 1.3",
         "rule compile",

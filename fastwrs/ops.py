@@ -14,7 +14,8 @@ from torch import Tensor
 
 @torch.library.register_fake("fastwrs::step")
 def _step(_rule: str, *args: object, **_kwargs: object) -> None:
-    # One meta tensor among real ones sends the whole call here: without this nothing would happen, and nobody would know.
+    # One meta tensor among real ones sends the whole call here: without this nothing would happen, and nobody would
+    # know.
     devices = {tensor.device for tensors in args[:4] for tensor in cast("list[Tensor]", tensors)}
     if len(devices) > 1:
         raise RuntimeError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")

@@ -48,7 +48,7 @@ class Hyper:
 
 @dataclass(frozen=True)
 class Slot:
-    """One state tensor of a rule: its key in ``state[p]``, and the hyperparameter that switches it on (None: always)."""
+    """One state tensor of a rule: its key in ``state[p]``, and the option that switches it on (None: always)."""
 
     name: str
     when: str | None = None
