@@ -67,18 +67,34 @@ def torch_fused(name: str, params: list[torch.nn.Parameter]) -> Step:
     return getattr(torch.optim, name)(params, fused=True, weight_decay=1e-2, **OPTIONS[name]).step
 
 
-def torch_fused_and_loop(name: str, params: list[torch.nn.Parameter]) -> Step:
-    """The same, then the loop that users write: each weight's channels divided by their norms."""
-    fused = torch_fused(name, params)
-    weights = [p for p in params if p.ndim >= 2]
+def norms(weight: torch.Tensor) -> torch.Tensor:
+    """The norm of every channel, as a loop gets it."""
+    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True)
 
-    @torch.no_grad()
-    def step() -> None:
-        fused()
-        for weight in weights:
-            weight.div_(torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True))
 
-    return step
+def with_loop(rescale: Callable[[torch.Tensor], object]) -> Callable[[str, list[torch.nn.Parameter]], Step]:
+    """A step of torch's fused optimizer, then ``rescale`` on every weight."""
+
+    def make(name: str, params: list[torch.nn.Parameter]) -> Step:
+        fused = torch_fused(name, params)
+        weights = [p for p in params if p.ndim >= 2]
+
+        @torch.no_grad()
+        def step() -> None:
+            fused()
+            for weight in weights:
+                rescale(weight)
+
+        return step
+
+    return make
+
+
+torch_fused_and_loop = with_loop(lambda weight: weight.copy_(weight / norms(weight)))
+"""With the loop as nGPT and Algorithm 1 of the WRS paper have it: ``W = W / |W|``."""
+
+torch_fused_and_inplace_loop = with_loop(lambda weight: weight.div_(norms(weight)))
+"""With the loop of somebody who counts bytes: divided in place."""
 
 
 def timed(step: Step, repeat: int) -> float:

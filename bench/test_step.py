@@ -43,13 +43,15 @@ class Comparison:
         return ratio >= self.target if self.inverse else ratio <= self.target
 
 
-LOOP = compare.torch_fused_and_loop
+LOOP, INPLACE = compare.torch_fused_and_loop, compare.torch_fused_and_inplace_loop
 BIG, TINY = lists.resnet50, lists.tiny
 COMPARISONS = (
     Comparison("resnet50 AdamW+WRS / torch fused", "AdamW", BIG, target=1.0),
     Comparison("resnet50 SGD+WRS / torch fused", "SGD", BIG, target=1.0),
     Comparison("resnet50 torch fused + loop / AdamW+WRS", "AdamW", BIG, rival=LOOP, inverse=True, target=1.5),
     Comparison("resnet50 torch fused + loop / SGD+WRS", "SGD", BIG, rival=LOOP, inverse=True, target=1.5),
+    Comparison("resnet50 torch fused + in-place loop / AdamW+WRS", "AdamW", BIG, rival=INPLACE, inverse=True),
+    Comparison("resnet50 torch fused + in-place loop / SGD+WRS", "SGD", BIG, rival=INPLACE, inverse=True),
     Comparison("resnet50 AdamW+WRS(IC) / torch fused", "AdamW", BIG, axis="in", target=1.1),
     Comparison("resnet50 SGD+WRS(IC) / torch fused", "SGD", BIG, axis="in", target=1.1),
     Comparison(
