@@ -27,11 +27,8 @@ test: $(BUILT) $(VENV)/.tools
 bench: $(BUILT) $(VENV)/.tools
 	$(VENV)/bin/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname $(BENCH)
 
-lint: $(VENV)/.tools
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
-	$(VENV)/bin/pyright --warnings
+lint: $(BUILT) $(VENV)/.tools
+	$(VENV)/bin/python tests/run_lanes.py lint
 
 format: $(VENV)/.tools
 	$(VENV)/bin/ruff check --fix .

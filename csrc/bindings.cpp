@@ -138,29 +138,34 @@ Facts describe(const Handle& tensor, const char* what, int64_t index) {
   return f;
 }
 
-// Whether two indices may name one element. Sufficient, not necessary: exotic interleaved strides count as overlapping.
+// Whether two indices name one element.
 bool overlaps(const Facts& f) {
   if (f.numel <= 1) return false;
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  int64_t expected = 1;
-  bool contiguous = true;
   for (int64_t d = f.dims - 1; d >= 0; --d) {
     if (f.sizes[d] == 1) continue;
-    contiguous = contiguous && f.strides[d] == expected;
-    expected *= f.sizes[d];
-    if (!contiguous) break;
+    if (f.strides[d] == 0) return true;
+    dims.emplace_back(f.strides[d], f.sizes[d]);
   }
-  if (contiguous) return false;
-  for (int64_t d = 0; d < f.dims; ++d) {
-    if (f.sizes[d] != 1) dims.emplace_back(f.strides[d], f.sizes[d]);
-  }
-  std::sort(dims.begin(), dims.end());
+  if (!std::is_sorted(dims.begin(), dims.end())) std::sort(dims.begin(), dims.end());
   int64_t reach = 1;
+  bool nested = true;  // each dimension steps over all that the smaller strides reach: no overlap
   for (const auto& [stride, size] : dims) {
-    if (stride < reach) return true;
+    nested = nested && stride >= reach;
     reach += (size - 1) * stride;
   }
-  return false;
+  if (nested) return false;
+  // Interleaved strides are rare: look at every element.
+  std::vector<int64_t> places{0};
+  places.reserve(f.numel);
+  for (const auto& [stride, size] : dims) {
+    const size_t inner = places.size();
+    for (int64_t i = 1; i < size; ++i) {
+      for (size_t k = 0; k < inner; ++k) places.push_back(places[k] + i * stride);
+    }
+  }
+  std::sort(places.begin(), places.end());
+  return std::adjacent_find(places.begin(), places.end()) != places.end();
 }
 
 void check_same_shape(const Facts& tensor, const Facts& param, const char* what, int64_t index) {
@@ -186,10 +191,8 @@ int64_t set_groups(TensorView& view, int64_t axes, int64_t first_row, int64_t in
     fail("axes[", index, "] = ", axes, " names dimensions that params[", index, "] does not have (", view.dims, ")");
   }
   view.norm_row = first_row;
-  int64_t groups = 1;
-  for (int d = 0; d < view.dims; ++d) {
-    if (!((axes >> d) & 1)) groups *= view.sizes[d];
-  }
+  const int64_t groups = group_count(view);
+  if (groups + first_row > kMaxGroups) fail("tensor ", index, " of the list has too many norm groups");
   return groups;
 }
 

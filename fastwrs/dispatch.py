@@ -57,11 +57,6 @@ def backends() -> dict[str, str | None]:
     return {name: why_not(name) for name in BACKENDS}
 
 
-def check(name: str) -> None:
-    """Refuses a backend that does not exist, or that was asked for by name and cannot run here."""
-    choose(name)
-
-
 def choose(name: str = "auto", device_type: str | None = None, dtypes: Triple | None = None) -> Backend:
     """The backend called ``name``, or for ``"auto"`` the first that can run on this device and these dtypes.
 

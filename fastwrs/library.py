@@ -19,10 +19,10 @@ def why_not() -> str | None:
         importlib.import_module("fastwrs._C")
     except ImportError as error:
         return f"the C++ extension does not load: {error}"
-    isa = os.environ.get("FASTWRS_CPU_ISA")
-    if isa is not None and isa not in _isas()[1:]:
-        return f"FASTWRS_CPU_ISA={isa!r} is not one of {', '.join(_isas()[1:])}"
     importlib.import_module("fastwrs.ops")
+    isa = os.environ.get("FASTWRS_CPU_ISA")
+    if isa and isa not in _isas()[1:]:
+        raise ValueError(f"FASTWRS_CPU_ISA={isa!r}: this processor and build have {', '.join(map(repr, _isas()[1:]))}")
     return None
 
 

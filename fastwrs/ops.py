@@ -6,26 +6,28 @@ result to describe.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
 
-@torch.library.register_fake("fastwrs::step")
-def _step(_rule: str, *args: object, **_kwargs: object) -> None:
-    # One meta tensor among real ones sends the whole call here: without this nothing would happen, and nobody would
-    # know.
-    devices = {tensor.device for tensors in args[:4] for tensor in cast("list[Tensor]", tensors)}
+def _check_devices(*args: object) -> None:
+    """One meta tensor among real ones sends a whole call to the fakes: nothing would happen, and nobody would know."""
+    listed = (item for arg in args for item in (arg if isinstance(arg, (list, tuple)) else (arg,)))
+    devices = {item.device for item in listed if isinstance(item, Tensor)}
     if len(devices) > 1:
         raise RuntimeError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
 
 
+@torch.library.register_fake("fastwrs::step")
+def _step(*args: object, **_kwargs: object) -> None:
+    _check_devices(*args)
+
+
 @torch.library.register_fake("fastwrs::rescale_")
-def _rescale(*_args: object) -> None:
-    return None
+def _rescale(*args: object) -> None:
+    _check_devices(*args)
 
 
 @torch.library.register_fake("fastwrs::channel_norms")
-def _channel_norms(*_args: object) -> None:
-    return None
+def _channel_norms(*args: object) -> None:
+    _check_devices(*args)

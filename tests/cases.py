@@ -582,6 +582,11 @@ def _make_cases() -> list[Case]:
         mixed = [tensor(row=k % 3) for k in range(30)]
         add("list", option, [*mixed, tensor((2, 16385), row=1)], dtypes=dtypes, records=lrs, tags="records")
         add("list", option, mixed[:5], dtypes=dtypes, records=lrs, lr_tensor="float32", tags="records.lrs")
+
+    # An infinite norm comes only from a step that scales with the gradient.
+    for dtypes in (DTYPES[0], DTYPES[3]):
+        tensors = [tensor((6, 5, 3, 3), axis=axis, data="inf") for axis in ("out", "in", "tensor")]
+        add("data", "sgd.mom", tensors, "rescale", dtypes=dtypes)
     return cases
 
 

@@ -92,7 +92,9 @@ MUTANTS = (
     _leaves(
         "running sums",
         "for (int64_t j = 0; j < width; ++j) {\n    level[j] =",
-        "a.blocks = 0;\n  level = block + width;\n  for (int64_t j = 0; j < width; ++j) {\n    level[j] =",
+        "a.blocks = 0;\n  level = block + width;\n  C* lanes = reinterpret_cast<C*>(block);\n"
+        "  for (int64_t k = 1; a.cols == 1 && k < a.width; lanes[k++] = 0) lanes[0] += lanes[k];\n"
+        "  for (int64_t j = 0; j < width; ++j) {\n    level[j] =",
     ),
     _worker(
         "the factors of another strip",
@@ -103,10 +105,12 @@ MUTANTS = (
     _leaves("no last element", "Accumulator<C>::kLanes : n;", "Accumulator<C>::kLanes : n - 1;"),
     _leaves("maximize ignored", "a.maximize ? C(-1) : C(1)", "C(1)"),
     _leaves("the unscaled gradient is not written", "grad[i] = narrow(g, G());", ""),
-    _worker(
-        "strided arrays are written by the parameter's strides",
-        "stride = inner.stride[k];",
-        "stride = inner.stride[scatter ? 0 : k];",
+    Mutant(
+        "scattered by the parameter's strides",
+        "csrc/cpu/gather.h",
+        "[size](char* memory, const char* from, int64_t count, int64_t stride) {",
+        "[size, &geometry](char* memory, const char* from, int64_t count, int64_t stride) {\n"
+        "stride = geometry.walk.back().stride[0];",
     ),
     Mutant("bfloat16 is cut off", "csrc/core/dtypes.h", "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16"),
     Mutant(
@@ -228,7 +232,6 @@ def serve() -> None:
 def face_the_tests() -> None:
     """The tests that every mutant faces: all cases of a step, projections, norms. Raises at the first that fails."""
     import test_cpu
-    import torch
     from cases import CASES, one_thread
 
     from fastwrs import library
@@ -239,7 +242,6 @@ def face_the_tests() -> None:
     for dtype in test_cpu.FLOATS.values():
         tests += [(test_cpu.test_rescale_op, (dtype,)), (test_cpu.test_channel_norms_op, (dtype,))]
         tests += [(test_cpu.test_norms_after_a_rescale, (28_672, axis, dtype)) for axis in ("out", "tensor", (0,))]
-    tests += [(test_cpu.test_norms_after_a_rescale, (1_000_000, axis, torch.float32)) for axis in ("out", (0,))]
     # each seventh first, so that a fault that few cases see does not wait for the end of the list
     steps = [(test_cpu.test_step, (case,)) for first in range(7) for case in CASES[first::7]]
     tests = steps[:50] + tests + steps[50:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shutil
 import sys
@@ -113,6 +114,7 @@ def include_faults(root: Path) -> Iterator[str]:
                 yield f"{relative} includes {header}: csrc/{folder} may include only {', '.join(C_ONLY[folder])}"
 
 
+@functools.cache
 def faults(root: Path) -> list[str]:
     return sorted({*python_faults(root), *include_faults(root)})
 

@@ -27,6 +27,20 @@ struct TensorView {
   int64_t norm_row = -1;  // first row of this tensor in the buffer that norms are written to, -1: none
 };
 
+// How many norm groups the tensor has: one per index of the dimensions that are not reduced. A tensor without elements
+// may have absurdly many; then the count stops above kMaxGroups.
+constexpr int64_t kMaxGroups = int64_t(1) << 48;
+inline int64_t group_count(const TensorView& view) {
+  int64_t groups = 1;
+  for (int d = 0; d < view.dims; ++d) {
+    if ((view.reduced >> d) & 1) continue;
+    if (view.sizes[d] == 0) return 0;
+    groups = view.sizes[d] > kMaxGroups / groups ? kMaxGroups + 1 : groups * view.sizes[d];
+    if (groups > kMaxGroups) return groups;
+  }
+  return groups;
+}
+
 // Consecutive work items of many tensors: item i belongs to the tensor t with first[t] <= i < first[t + 1].
 struct BlockMap {
   std::vector<int64_t> first{0};

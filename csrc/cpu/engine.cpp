@@ -120,19 +120,11 @@ class Phase {
   std::vector<std::unique_ptr<Worker<P>>>* workers_ = nullptr;
 };
 
-int64_t groups_of(const TensorView& view) {
-  int64_t groups = 1;
-  for (int d = 0; d < view.dims; ++d) {
-    if (!((view.reduced >> d) & 1)) groups *= view.sizes[d];
-  }
-  return groups;
-}
-
 // A tensor without elements has groups all the same, of norm 0.
 template <class P>
 void conclude_empty(const Call<P>& call, const TensorView& view) {
   if (view.norm_row < 0) return;
-  const int64_t groups = groups_of(view);
+  const int64_t groups = group_count(view);
   if (call.norms) std::fill_n(call.norms + view.norm_row, groups, compute_t<P>(0));
   for (int64_t i = 0; call.measured && i < groups; ++i) {
     const float row[8] = {0, 0, 0, 0, 0, 0, 1, 1};

@@ -142,6 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     data = load_data()
     start = time.perf_counter()
     runs = [Run(name, method, seed) for name in OPTIMIZERS for method in METHODS for seed in range(options.seeds)]
+    torch.set_num_threads(1)  # the network is so small that a second thread only waits
     with tqdm(total=len(runs) * options.epochs, unit="epoch") as bar:
         for run in runs:
             bar.set_description(f"{run.optimizer} {run.method} seed {run.seed}")

@@ -1,0 +1,117 @@
+"""What is built and shipped: the ABI of the extension, installing without a compiler, what is in wheel and sdist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fastwrs import library
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_SHIPPED = ("*.so", "*.egg-info", "__pycache__", "build", "dist", "out", ".*")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository, since setuptools leaves files where it works."""
+    return shutil.copytree(
+        ROOT, tmp_path_factory.mktemp("build") / "fastwrs", ignore=shutil.ignore_patterns(*NOT_SHIPPED)
+    )
+
+
+def python(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python where no compiler can be found."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("FASTWRS_", "PYTHON"))}
+    env |= {"PATH": "/nonexistent", "CXX": "/nonexistent/c++", **environment}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path) -> Path:
+    """A wheel built without a compiler."""
+    pip = ("-m", "pip", "--disable-pip-version-check", "wheel", "--no-build-isolation", "--no-deps", "--no-index")
+    done = python(*pip, "--wheel-dir", tree.parent, tree, cwd=tree.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = tree.parent.glob("*.whl")
+    return found
+
+
+def test_the_extension_uses_stable_interfaces_only() -> None:
+    """One binary serves torch 2.10 and Python 3.10 and later: nothing of theirs but C functions that they promise."""
+    if (why := library.why_not()) is not None:
+        pytest.skip(why)
+    file = sys.modules["fastwrs._C"].__file__
+    assert file is not None
+    assert Path(file).name == "_C.abi3.so"
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("needs nm")
+    listed = subprocess.run([nm, "-D", "--undefined-only", file], capture_output=True, text=True, check=True).stdout
+    symbols = [line.split()[-1].split("@")[0] for line in listed.splitlines()]
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
+    assert {symbol for symbol in symbols if re.match("_?Py", symbol)} <= {"PyModule_Create2"}
+    assert [symbol for symbol in symbols if re.match(r"_Z\w*?(2at|3c10|5torch|6caffe2)\d", symbol)] == []
+
+
+def test_without_a_compiler_it_installs_and_runs_on_the_reference_backend(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = """
+import sys
+# an editable installation would still find the extension in the repository
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+import torch, fastwrs
+print(fastwrs.__file__)
+print(fastwrs.backends()["cpu"])
+print(fastwrs.backends()["reference"])
+w = torch.nn.Parameter(torch.ones(3, 4))
+w.grad = torch.ones(3, 4)
+fastwrs.AdamW([w], lr=0.1, rescale=fastwrs.Rescale(target=2.0)).step()
+print(float((w.norm(dim=1) - 2).abs().max()))
+"""
+    done = python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    file, cpu, reference, error = done.stdout.splitlines()
+    assert Path(file).is_relative_to(tmp_path)
+    assert "without its C++ extension" in cpu
+    assert reference == "None"
+    assert float(error) < 1e-6
+
+
+def test_asking_for_the_extension_without_a_compiler_fails(tree: Path) -> None:
+    done = python("setup.py", "-q", "build_ext", "--build-lib", tree.parent / "lib", cwd=tree, FASTWRS_CPU="1")
+    assert done.returncode != 0
+    assert "cannot build the C++ extension: no C++ compiler found" in done.stderr
+
+
+def test_the_wheel(wheel: Path) -> None:
+    assert "-cp310-abi3-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    modules = {f"fastwrs/{path.relative_to(ROOT / 'fastwrs')}" for path in (ROOT / "fastwrs").rglob("*.py")}
+    assert modules <= set(names)
+    assert "fastwrs/py.typed" in names
+    assert [name for name in names if name.endswith("licenses/LICENSE")]
+    others = [name for name in names if not name.startswith("fastwrs/")]
+    assert all(name.split("/")[0].endswith(".dist-info") for name in others), others
+
+
+def test_the_sdist(tree: Path) -> None:
+    done = python("setup.py", "-q", "sdist", "--dist-dir", tree.parent / "sdist", cwd=tree)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tree.parent / "sdist").glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert wanted | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "fastwrs/py.typed"} <= names
+    assert not [name for name in names if name.startswith(("tests", "bench"))]
