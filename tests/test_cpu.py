@@ -35,6 +35,7 @@ from tolerances import NORM_BOUND, Inputs
 from torch import Tensor
 
 from fastwrs import library
+from fastwrs.spec import RULES
 
 pytestmark = pytest.mark.cpu
 
@@ -312,3 +313,18 @@ def test_opcheck_projection(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.fastwrs.rescale_.default, (tensors, [2, -1], 0.5))
     out = torch.zeros(9, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     torch.library.opcheck(torch.ops.fastwrs.channel_norms.default, (tensors, [2, -1], out))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stored_types_round_to_nearest_even(dtype: torch.dtype) -> None:
+    """Where the update is exact in fp32, the stored weight is torch's own rounding of it, to the bit."""
+    seed = torch.Generator().manual_seed(0)
+    weight, grad = (torch.randn(5000, generator=seed).to(dtype) for _ in range(2))
+    grad[:8] = torch.tensor([float("inf"), -float("inf"), float("nan"), 0, 6e-8, -6e-8, 6e4, -6e4]).to(dtype)
+    want = (weight.float() - grad.float()).to(dtype)
+    record = [{"lr": 1.0, "lr_tensor": -1.0}.get(hyper.name, 0.0) for hyper in RULES["sgd"].record]
+    torch.ops.fastwrs.step(
+        "sgd", [weight], [grad], [], [torch.zeros(())], record, [0], [0], [], [], None, None, None, None
+    )
+    assert torch.equal(weight.isnan(), want.isnan())
+    assert torch.equal(weight.nan_to_num(7.0).view(torch.int16), want.nan_to_num(7.0).view(torch.int16))
