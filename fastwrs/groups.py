@@ -42,12 +42,14 @@ def param_groups(
     ``groups=1``; ``in_proj_weight`` and ``q/k/v_proj_weight`` of
     ``MultiheadAttention``
     all of a normalisation layer (torch's and ``norm_types``)         no        yes
-    biases, embeddings, recurrent and parametrized weights, the rest  no        no
+    biases, embeddings, recurrent, parametrized and complex weights,  no        no
+    the rest
     ================================================================  ========  =======
 
     An output channel of ``ConvTranspose*d`` lies in dimension 1, so there ``"out"`` becomes every dimension but 1, and
     ``"in"`` becomes dimension 0. With ``groups > 1`` it is not rescaled, and a warning names it. A convolution with one
-    input channel per group (depthwise) takes ``"out"`` where the rest takes ``"in"``, which would leave only signs.
+    input channel per group (depthwise) takes ``"out"`` where the rest takes ``"in"``, which would leave only signs;
+    so does a ``ConvTranspose*d`` with one input channel, and ``"out"`` means there what it says above.
     A tied parameter appears once, in its first role; but where any of its roles is a skipped head, it is left alone.
 
     Args:
@@ -56,7 +58,8 @@ def param_groups(
         shrink: the option of the same groups, or None; it needs the axis that ``rescale`` has.
         weight_decay: the decay of the normalisation layers; all other groups get 0.
         head: ``"rescale"`` treats the head, the last ``Linear`` in ``model.named_modules()``, like the rest;
-            ``"skip"`` leaves it alone; a tuple of module names leaves these modules alone, with what they contain.
+            ``"skip"`` leaves it alone; a tuple of module names leaves these modules alone, with what they contain,
+            except that normalisation layers among them stay decayed.
         norm_types: further classes of normalisation layers.
 
     Returns:
@@ -120,6 +123,8 @@ def _roles(
         alone = any(path == name or not name or path.startswith(f"{name}.") for name in skipped)
         for key, param in module.named_parameters(recurse=False, remove_duplicate=False):
             role = _NORM if isinstance(module, norms) else _weight_role(module, key, path, axis)
+            if param.dtype.is_complex:
+                role = _PLAIN
             if alone and role != _NORM:
                 role = _SKIP
             if param not in roles or role == _SKIP:

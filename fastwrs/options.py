@@ -210,6 +210,10 @@ def _whole(option: Rescale | Shrink, name: str, low: int) -> int:
         raise TypeError(f"{where}: {name} must be an int, got {value!r}") from None
     if number < low:
         raise ValueError(f"{where}: {name} must be >= {low}, got {value!r}")
+    try:
+        float(number)  # as which it travels to the kernels
+    except OverflowError:
+        raise ValueError(f"{where}: {name} is too large, an int of {number.bit_length()} bits") from None
     return number
 
 
@@ -223,6 +227,8 @@ def checked_real(value: Any, where: str) -> float:
         raise TypeError(f"{where} must be a number, got {value!r}")
     try:
         number = float(value)
+    except OverflowError:
+        raise ValueError(f"{where} must be finite, and it is too large for a float") from None
     except (TypeError, ValueError):
         raise TypeError(f"{where} must be a number, got {value!r}") from None
     if not math.isfinite(number):

@@ -28,6 +28,8 @@ Group = Mapping[str, Any]
 State = dict[str, Any]
 
 STEP = "step"
+MAX_DIMS = 63
+"""The dimensions that an axis can name: a bitmask of them is a signed 64-bit integer."""
 _USUAL = (Tensor, torch.nn.Parameter)
 _grad_of = attrgetter("grad")
 
@@ -68,10 +70,10 @@ class Bundle:
     def gather(self, unscaling: bool = False) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
         """The gradients, states (slot-major) and steps as they are now.
 
-        None if one of them is gone, or if gradients that are to be unscaled are not all different.
+        None if one of them is gone, or if gradients that are to be unscaled begin at the same place.
         """
         grads = list(map(_grad_of, self.params))
-        if not all(map(is_not, grads, repeat(None))) or (unscaling and len(set(map(id, grads))) < len(grads)):
+        if not all(map(is_not, grads, repeat(None))) or (unscaling and not _all_apart(grads)):
             return None
         try:
             states = [state for slot in self.slots for state in map(itemgetter(slot), self.states)]
@@ -95,11 +97,8 @@ class Plan:
     owners: list[Tensor] = field(default_factory=list)
     owned: list[State] = field(default_factory=list)
 
-    def holds(self, groups: Sequence[Group], shapes: list[Any], state: Mapping[Tensor, State]) -> bool:
-        """Whether the same parameters have the same options, the same state dicts and (not) a gradient as before.
-
-        That an active parameter still has a gradient is seen by :meth:`Bundle.gather`.
-        """
+    def fits(self, groups: Sequence[Group], shapes: list[Any], state: Mapping[Tensor, State]) -> bool:
+        """Whether the same parameters have the same options and the same state dicts as before."""
         return (
             self.shapes == shapes
             and sum(len(group["params"]) for group in groups) == len(self.params)
@@ -107,8 +106,11 @@ class Plan:
             and len(state) == len(self.owners)
             and all(map(is_, state, self.owners))
             and all(map(is_, state.values(), self.owned))
-            and all(map(is_, map(_grad_of, self.idle), repeat(None)))
         )
+
+    def idles(self) -> bool:
+        """Whether those that had no gradient have none now. :meth:`Bundle.gather` sees that the others have one."""
+        return all(map(is_, map(_grad_of, self.idle), repeat(None)))
 
     def install(self, state: defaultdict[Tensor, State]) -> None:
         """Makes the created states visible, and remembers whose state dicts are whose."""
@@ -276,6 +278,8 @@ def _why_not(rule: Rule, param: Tensor, grad: Tensor, mine: State, slots: tuple[
     """Why a parameter cannot take a step, or None if it can."""
     if why := why_not_plain(param, "the parameter") or why_not_plain(grad, "its gradient"):
         return why
+    if param.device.type == "meta":
+        return "the parameter is on the meta device, where tensors have no memory"
     if overlaps_itself(param):
         return f"its memory overlaps itself (strides {param.stride()}, as after expand)"
     if grad.shape != param.shape:
@@ -314,14 +318,15 @@ def _why_not_state(param: Tensor, tensor: Any) -> str | None:
 
 def _why_not_step(param: Tensor, step: Any) -> str | None:
     if isinstance(step, Tensor) and (step.dtype, step.shape, step.device) == (torch.float32, (), param.device):
-        return None
+        why = _why_not_readable(step, "it")
+        return why and f"its state 'step' cannot be used: {why}"
     return f"its state 'step' must be a 0-d fp32 tensor on {param.device}, got {step!r}"
 
 
 def why_not_plain(tensor: Tensor, what: str) -> str | None:
     """Why a kernel cannot work on this kind of tensor, or None if it can. ``what`` is what the message calls it."""
     if type(tensor) in _USUAL and tensor.layout is torch.strided and tensor.is_floating_point():
-        return None
+        return _why_not_readable(tensor, what)
     sharded = sys.modules.get("torch.distributed.tensor")  # not imported: then there is no DTensor
     if sharded is not None and isinstance(tensor, sharded.DTensor):
         return f"{what} is a DTensor; sharded parameters are not supported yet"
@@ -331,20 +336,54 @@ def why_not_plain(tensor: Tensor, what: str) -> str | None:
         return f"{what} is complex ({tensor.dtype}); complex tensors are not supported"
     if not tensor.is_floating_point():
         return f"{what} has the integer dtype {tensor.dtype}; only floating-point tensors are supported"
+    return _why_not_readable(tensor, what)
+
+
+def _why_not_readable(tensor: Tensor, what: str) -> str | None:
+    """Why the memory of a tensor cannot be taken for its elements, or None if it can."""
+    if torch.nn.parameter.is_lazy(tensor):
+        return None  # it has no shape yet; what else is wrong with it is found elsewhere
+    if tensor._is_zerotensor():
+        return f"{what} is a zero tensor without memory (as forward-mode differentiation makes them)"
+    if tensor.is_neg():
+        return f"{what} is a view with the negative bit set; resolve_neg() makes it a plain tensor"
+    if tensor.ndim > MAX_DIMS:
+        return f"{what} has {tensor.ndim} dimensions; at most {MAX_DIMS} are supported"
+    if lacks_memory(tensor):
+        return (
+            f"{what} has a storage of {tensor.untyped_storage().nbytes()} bytes, too small for the shape "
+            f"{tuple(tensor.shape)} and the strides {tensor.stride()}"
+        )
     return None
 
 
+def lacks_memory(tensor: Tensor) -> bool:
+    """Whether the storage of a dense tensor ends before its last element, as after ``untyped_storage().resize_(0)``."""
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return False
+    end = tensor.storage_offset() + _reach(tensor) + 1
+    return end * tensor.element_size() > tensor.untyped_storage().nbytes()
+
+
+def _reach(tensor: Tensor) -> int:
+    """How many elements the last one lies behind the first one."""
+    return sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may lie in the same place. Strides with gaps are fine, expanded tensors are not."""
+    """Whether two elements lie in the same place. Strides with gaps are fine, expanded tensors are not."""
     if tensor.is_contiguous() or tensor.numel() < 2:
         return False
-    reach = 0
+    reach, apart = 0, True
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
-            if stride <= reach:
+            if stride == 0:
                 return True
+            apart = apart and stride > reach
             reach += stride * (size - 1)
-    return False
+    if apart or reach + 1 < tensor.numel():
+        return not apart
+    return torch.unique(_places(tensor)).numel() < tensor.numel()
 
 
 def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
@@ -353,7 +392,7 @@ def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     for k, tensor in enumerate(tensors):
         if elements := tensor.numel():
             if not tensor.is_contiguous():
-                elements = 1 + sum(st * (size - 1) for st, size in zip(tensor.stride(), tensor.shape, strict=True))
+                elements = 1 + _reach(tensor)
             start = tensor.data_ptr()
             spans[tensor.device].append((start, start + elements * tensor.element_size(), k))
     for device, found in spans.items():
@@ -375,13 +414,45 @@ def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
 def _share_an_element(one: Tensor, other: Tensor) -> bool:
     """The exact answer for two tensors whose spans overlap: columns of one matrix, say, share nothing."""
     size = one.element_size()
-    if other.element_size() != size or (one.data_ptr() - other.data_ptr()) % size:
+    behind = other.data_ptr() - one.data_ptr()
+    if other.element_size() != size or behind % size:
         return True
+    if _in_lanes(_dims(one), _dims(other), behind // size):
+        return False
     return bool(torch.isin(_places(one), _places(other)).any())
 
 
+def _dims(tensor: Tensor) -> list[tuple[int, int]]:
+    """(stride, size) of the dimensions along which there is more than one element."""
+    return [dim for dim in zip(tensor.stride(), tensor.shape, strict=True) if dim[1] > 1]
+
+
+def _in_lanes(one: list[tuple[int, int]], other: list[tuple[int, int]], behind: int) -> bool:
+    """Whether the strides alone show that two tensors share nothing; ``other`` begins ``behind`` places after ``one``.
+
+    Of two columns or halves of one matrix, each keeps to a range of its own within every period of their largest
+    stride. False says nothing.
+    """
+    period = max(one, default=(0, 0))[0]
+    if period == 0 or period != max(other, default=(0, 0))[0]:
+        return False
+    first = 1 + sum(stride * (size - 1) for stride, size in one if stride != period)
+    second = 1 + sum(stride * (size - 1) for stride, size in other if stride != period)
+    return first <= behind % period <= period - second
+
+
 def _places(tensor: Tensor) -> Tensor:
-    places = torch.tensor(tensor.data_ptr() // tensor.element_size())
+    """Where every element lies, in units of its size. It takes time and memory, so it is the last resort."""
+    places = torch.tensor(tensor.data_ptr() // tensor.element_size(), device="cpu")
     for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
-        places = places.unsqueeze(-1) + stride * torch.arange(size)
+        places = places.unsqueeze(-1) + stride * torch.arange(size, device="cpu")
     return places.flatten()
+
+
+def _all_apart(grads: Sequence[Tensor]) -> bool:
+    """Whether the gradients begin at different places; those without elements are nowhere."""
+    try:
+        places = [place for place in map(Tensor.data_ptr, grads) if place]
+    except RuntimeError:  # one is sparse, say: a new plan finds the words
+        return False
+    return len(set(places)) == len(places)

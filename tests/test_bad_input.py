@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastwrs
+from fastwrs.plan import lacks_memory
 from fastwrs.spec import DTYPE_TRIPLES
 
 pytestmark = [pytest.mark.cpu, pytest.mark.bad_input]
@@ -19,6 +20,7 @@ BACKENDS = [
     if name in ("cpu", "reference")
 ]
 SHAPE = (3, 4)
+HUGE = 10**400  # an int that no float holds
 
 
 @pytest.fixture(params=BACKENDS)
@@ -51,6 +53,7 @@ def weight() -> nn.Parameter:
 OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     *((name, {"lr": value}, "learning rate") for name in ("SGD", "Adam", "AdamW") for value in (-0.1, float("nan"))),
     ("SGD", {"lr": float("inf")}, "Invalid learning rate: inf"),
+    ("SGD", {"lr": HUGE}, "Invalid learning rate: too large"),
     ("SGD", {"lr": "0.1"}, "learning rate.*must be a number"),
     ("AdamW", {"lr": torch.tensor(-0.5)}, "Invalid learning rate: -0.5"),
     ("AdamW", {"lr": torch.tensor([0.1, 0.1])}, "Tensor lr must be 1-element"),
@@ -153,6 +156,10 @@ BAD_RESCALE: list[tuple[dict[str, Any], str]] = [
     ({"start": -1}, "start must be >= 0"),
     ({"start": False}, "start must be an int"),
     ({"stop": 2.0}, "stop must be an int"),
+    ({"every": HUGE}, "every is too large"),
+    ({"start": HUGE}, "start is too large"),
+    ({"stop": HUGE}, "stop is too large"),
+    ({"target": HUGE}, "target must be finite"),
 ]
 BAD_SHRINK: list[tuple[dict[str, Any], str]] = [
     ({"rate": -0.1}, "rate must be >= 0"),
@@ -160,6 +167,8 @@ BAD_SHRINK: list[tuple[dict[str, Any], str]] = [
     ({"rate": None}, "rate must be a number"),
     ({"rate": 0.1, "power": float("nan")}, "power must be finite"),
     ({"rate": 0.1, "axis": "columns"}, "axis must be one of"),
+    ({"rate": HUGE}, "rate must be finite"),
+    ({"rate": 0.1, "power": -HUGE}, "power must be finite"),
 ]
 
 
@@ -214,6 +223,40 @@ def fault_expanded(p: Odd, _optimizer: Any) -> None:
 def fault_unscaled_expanded(p: Odd, optimizer: Any) -> None:
     p.grad = torch.ones(3, 1).expand(SHAPE)
     optimizer.grad_scale = torch.tensor(2.0)
+
+
+def fault_storage(p: Odd, _optimizer: Any) -> None:
+    p.data = torch.ones(SHAPE)
+    p.data.untyped_storage().resize_(0)
+
+
+def fault_grad_storage(p: Odd, _optimizer: Any) -> None:
+    p.grad = torch.ones(SHAPE)
+    p.grad.untyped_storage().resize_(p.grad.untyped_storage().nbytes() - 1)
+
+
+def fault_state_storage(p: Odd, optimizer: Any) -> None:
+    optimizer.state[p]["exp_avg"].untyped_storage().resize_(0)
+
+
+def fault_step_storage(p: Odd, optimizer: Any) -> None:
+    optimizer.state[p]["step"].untyped_storage().resize_(0)
+
+
+def fault_negative(p: Odd, _optimizer: Any) -> None:
+    p.data = torch.ones(SHAPE, dtype=torch.complex64).conj().imag
+
+
+def fault_negative_grad(p: Odd, _optimizer: Any) -> None:
+    p.grad = torch.ones(SHAPE, dtype=torch.complex64).conj().imag
+
+
+def fault_zero_grad(p: Odd, _optimizer: Any) -> None:
+    p.grad = torch._efficientzerotensor(SHAPE)  # type: ignore[attr-defined]
+
+
+def fault_dimensions(p: Odd, _optimizer: Any) -> None:
+    p.data, p.grad = torch.ones((1,) * 64), torch.ones((1,) * 64)
 
 
 def fault_lr(p: Odd, optimizer: Any) -> None:
@@ -276,6 +319,16 @@ LATE_FAULTS: list[tuple[Callable[[Odd, Any], None], str]] = [
     (fault_state_missing, "its state lacks exp_avg"),
     (fault_step, "its state 'step' must be a 0-d fp32 tensor"),
 ]
+MEMORY_FAULTS: list[tuple[Callable[[Odd, Any], None], str]] = [
+    (fault_storage, r"the parameter has a storage of 0 bytes, too small for the shape \(3, 4\)"),
+    (fault_grad_storage, "its gradient has a storage of 47 bytes, too small"),
+    (fault_state_storage, "its state 'exp_avg' cannot be used: it has a storage of 0 bytes"),
+    (fault_step_storage, "its state 'step' cannot be used: it has a storage of 0 bytes"),
+    (fault_negative, "the parameter is a view with the negative bit set"),
+    (fault_negative_grad, "its gradient is a view with the negative bit set"),
+    (fault_zero_grad, "its gradient is a zero tensor without memory"),
+    (fault_dimensions, "the parameter has 64 dimensions; at most 63"),
+]
 OPTION_FAULTS: list[tuple[Callable[[Odd, Any], None], str]] = [
     (fault_lr, "Invalid learning rate: -1.0"),
     (fault_lr_tensor, "Invalid learning rate: nan"),
@@ -291,8 +344,10 @@ def group_of(p: Tensor, optimizer: Any) -> dict[str, Any]:
 def raw(tensor: Tensor) -> Any:
     """What a tensor is, to the byte."""
     kind = (tensor.dtype, tuple(tensor.shape), tensor.stride() if tensor.layout == torch.strided else None)
-    if tensor.device.type == "meta":
-        return kind
+    short = tensor.layout == torch.strided and lacks_memory(tensor)
+    if tensor.device.type == "meta" or short or tensor._is_zerotensor():
+        return kind, tensor.untyped_storage().nbytes()
+    tensor = tensor.resolve_neg()
     dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
     return kind, bytes(dense.contiguous().flatten().view(torch.uint8).tolist())
 
@@ -349,6 +404,34 @@ def test_a_refused_step_changes_no_byte(
         assert everything(optimizer, params) == before
 
 
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize(("fault", "message"), MEMORY_FAULTS)
+def test_memory_that_cannot_be_used_changes_no_byte(
+    fault: Callable[[Odd, Any], None], message: str, planned: bool, backend: str
+) -> None:
+    """A plan that is in use does not look again; then the backend does where it would read what is not there."""
+    params, optimizer = build(1, started=True, groups=False)
+    fault(params[1], optimizer)
+    if not (planned and backend == "reference" and "storage" in fault.__name__):
+        optimizer._plans = ()
+    before = everything(optimizer, params)
+    with pytest.raises(RuntimeError, match=message) as caught:
+        optimizer.step()
+    assert "parameter 'layer1'" in str(caught.value)
+    assert everything(optimizer, params) == before
+
+
+@pytest.mark.usefixtures("backend")
+def test_parameters_on_the_meta_device_are_refused() -> None:
+    good, bad = weight(), nn.Parameter(torch.ones(SHAPE, device="meta"))
+    good.grad, bad.grad = torch.ones(SHAPE), torch.ones(SHAPE, device="meta")
+    optimizer = fastwrs.AdamW([("good", good), ("bad", bad)])
+    with pytest.raises(RuntimeError, match=r"parameter 'bad' .* on the meta device"):
+        optimizer.step()
+    assert torch.equal(good, torch.ones(SHAPE))
+    assert not optimizer.state
+
+
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("started", [False, True])
 @pytest.mark.parametrize("what", ["parameters", "states", "steps", "the same parameter", "unscaled gradients"])
@@ -365,7 +448,7 @@ def test_shared_memory_changes_no_byte(what: str, started: bool) -> None:
         optimizer.step()
     if what == "parameters":
         params[0].data, params[2].data = memory[:12].view(SHAPE), memory[11:23].view(SHAPE)
-        optimizer._plan = None  # the plan looks at memory when it is made
+        optimizer._plans = ()  # the plan looks at memory when it is made
     elif what == "states":
         optimizer.state[params[0]] = {**optimizer.state[params[0]], "exp_avg": optimizer.state[params[2]]["exp_avg"]}
     elif what == "steps":

@@ -171,6 +171,18 @@ def test_tied_parameters_have_their_first_role_unless_skipped() -> None:
     assert roles(shared, head="skip") == {"0.weight": "left alone"}
 
 
+def test_complex_weights_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 4, dtype=torch.complex64), nn.Linear(4, 4))
+    assert roles(model) == {"0.weight": "left alone", "0.bias": "left alone", "1.weight": "out", "1.bias": "left alone"}
+
+
+def test_one_input_channel_and_norms_in_a_head() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(1, 5, 2, bias=False), nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+    assert roles(model, rescale=Rescale(axis="in"))["0.weight"] == (0, 2, 3)
+    found = roles(model, head=("1",))
+    assert (found["1.0.weight"], found["1.1.weight"], found["1.1.bias"]) == ("left alone", "decayed", "decayed")
+
+
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 def test_frozen_lazy_and_loose_parameters_are_not_lost() -> None:
     class Loose(nn.Module):

@@ -283,6 +283,22 @@ def test_grad_scaler(name: str) -> None:
     assert optimizer.state[params[0]]["step"].item() == 4
 
 
+def test_a_skipped_step_does_not_disturb_autograd() -> None:
+    w = nn.Parameter(torch.full((3,), 2.0))
+    optimizer = fastwrs.AdamW([w], lr=0.1)
+    w.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.found_inf, optimizer.grad_scale = torch.tensor(1.0), torch.tensor(2.0)  # type: ignore[attr-defined]
+    loss = (w * w).sum()
+    written = [w, w.grad, *optimizer.state[w].values()]
+    versions = [tensor._version for tensor in written]
+    optimizer.step()
+    assert [tensor._version for tensor in written] == versions
+    optimizer.zero_grad()
+    loss.backward()
+    assert torch.equal(w.grad, 2 * w.detach())  # type: ignore[arg-type]
+
+
 def test_version_counters_of_everything_written() -> None:
     params = parameters()
     optimizer = fastwrs.Adam(params, amsgrad=True)

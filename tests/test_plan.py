@@ -11,6 +11,7 @@ from torch import nn
 
 import fastwrs
 from fastwrs import dispatch
+from fastwrs import plan as planning
 from fastwrs.optim import base
 from fastwrs.plan import StepCall, overlapping, overlaps_itself
 
@@ -160,6 +161,80 @@ def test_a_gradient_that_appears_is_seen(builds: list[Any]) -> None:
     assert [optimizer.state[param]["step"].item() for param in params] == [3, 3, 1, 3]
 
 
+def turns(optimizer: Any, params: list[nn.Parameter], idle: list[int]) -> None:
+    """One step for each entry, in which this parameter has no gradient."""
+    for step, k in enumerate(idle):
+        for i, param in enumerate(params):
+            param.grad = None if i == k else torch.full((3, 4), 1.0 + step)
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_parameters_that_take_turns_do_not_cost_a_plan_each_time(momentum: float, builds: list[Any]) -> None:
+    params = model()
+    twins = [nn.Parameter(param.detach().clone()) for param in params]
+    optimizer = fastwrs.SGD(params, lr=0.1, momentum=momentum)
+    other = torch.optim.SGD(twins, lr=0.1, momentum=momentum, foreach=False)
+    order = [0, 1, 2, 0, 1, 2, -1, 2, -1, 0]
+    turns(optimizer, params, order)
+    turns(other, twins, order)
+    assert len(builds) == 4
+    for param, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(param, twin)
+    optimizer.param_groups[0]["rescale"] = fastwrs.Rescale(axis="tensor")
+    turns(optimizer, params, [0, 1, 0, 1])
+    assert len(builds) == 6  # none of the old ones is used
+
+
+@pytest.mark.usefixtures("backend")
+def test_the_plan_that_was_not_used_for_longest_is_dropped(builds: list[Any]) -> None:
+    params = model(base.PLANS + 1)
+    optimizer = fastwrs.AdamW(params)
+    everyone = list(range(base.PLANS + 1))
+    turns(optimizer, params, everyone)
+    assert len(builds) == base.PLANS + 1
+    turns(optimizer, params, everyone[1:])
+    assert len(builds) == base.PLANS + 1
+    turns(optimizer, params, [0, 2])
+    assert len(builds) == base.PLANS + 2
+    turns(optimizer, params, [1])
+    assert len(builds) == base.PLANS + 3
+    assert len(optimizer._plans) == base.PLANS
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_late_buffer_starts_once_among_several_plans(builds: list[Any]) -> None:
+    params = model(2)
+    optimizer = fastwrs.SGD(params, lr=0.1)
+    turns(optimizer, params, [-1, 0])
+    optimizer.param_groups[0]["momentum"] = 0.5
+    turns(optimizer, params, [0, -1, -1, 0, -1])
+    fresh = [bool(bundle.fresh) for plan in builds for bundle in plan.bundles]
+    assert fresh == [False, False, True, True, False, False]
+    assert torch.equal(optimizer.state[params[0]]["momentum_buffer"], torch.full((3, 4), 0.5 * (0.5 * 2 + 3) + 5))
+
+
+@pytest.mark.usefixtures("backend")
+def test_gradients_to_be_unscaled_are_compared_by_their_memory() -> None:
+    params = model(2)
+    for param, shape in zip(model(2), ((0, 4), (0, 4)), strict=True):
+        param.data = torch.zeros(shape)
+        params.append(nn.Parameter(param.detach()))
+        params[-1].grad = torch.zeros(shape)
+    optimizer: Any = fastwrs.SGD(params)
+    optimizer.grad_scale = torch.tensor(2.0)
+    optimizer.step()
+    optimizer.step()  # gradients without elements lie nowhere, so not in the same place
+    shared = torch.ones(3, 4)
+    params[0].grad, params[1].grad = shared.view(3, 4), shared.view(3, 4)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(RuntimeError, match="share memory"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+    assert torch.equal(shared, torch.ones(3, 4))
+
+
 @pytest.mark.usefixtures("backend")
 def test_rebound_data_and_exchanged_state_are_used(builds: list[Any]) -> None:
     """Tensors are gathered anew in each step, so this needs no new plan."""
@@ -282,6 +357,61 @@ def test_overlapping_finds_shared_elements_only() -> None:
     assert overlapping([matrix[:2], matrix[2:]]) is None
     assert overlapping([matrix, matrix.t()]) == (0, 1)
     assert overlapping([matrix[:0], matrix]) is None
+
+
+@pytest.fixture
+def enumerated(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The tensors whose elements were looked at one by one."""
+    seen: list[torch.Tensor] = []
+    places = planning._places
+    monkeypatch.setattr(planning, "_places", lambda tensor: seen.append(tensor) or places(tensor))
+    return seen
+
+
+def test_parts_of_a_matrix_are_told_apart_by_their_strides(enumerated: list[torch.Tensor]) -> None:
+    matrix = torch.zeros(2048, 4096)
+    assert overlapping([matrix[:, :2048], matrix[:, 2048:]]) is None
+    assert overlapping([matrix[:, 2048:], matrix[5:, :2048]]) is None
+    wide = torch.zeros(8, 400)
+    params = [nn.Parameter(wide[:, k]) for k in range(400)]
+    for param in params:
+        param.grad = torch.ones(8)
+    fastwrs.SGD(params, lr=0.5).step()
+    assert torch.equal(wide, torch.full((8, 400), -0.5))
+    assert not enumerated
+    small = torch.zeros(6, 8)
+    assert overlapping([small[:, :5], small[:, 4:]]) == (0, 1)
+    assert overlapping([small[:, :4], small[::2, 4:]]) is None
+    assert enumerated
+
+
+def test_strides_never_hide_a_shared_element() -> None:
+    """Every pair of small views of one memory, against their elements."""
+    memory = torch.arange(40)
+    views = [
+        memory.as_strided(size, stride, start)
+        for size, stride in (((3, 2), (6, 1)), ((3, 2), (6, 2)), ((3,), (6,)), ((2, 2), (6, 6)), ((2, 3), (1, 6)))
+        for start in range(14)
+    ]
+    for one in views:
+        for other in views:
+            shared = bool(torch.isin(one.flatten(), other.flatten()).any())
+            assert (overlapping([one, other]) is not None) == shared
+
+
+@pytest.mark.parametrize("size", [(3, 2), (2, 3), (4, 2), (2, 2, 2)])
+def test_overlaps_itself_exactly(size: tuple[int, ...]) -> None:
+    for code in range(7 ** len(size)):
+        stride = [code // 7**k % 7 for k in range(len(size))]
+        tensor = torch.arange(60).as_strided(size, stride)
+        assert overlaps_itself(tensor) == (tensor.unique().numel() < tensor.numel()), stride
+
+
+def test_interleaved_strides_are_accepted() -> None:
+    param = nn.Parameter(torch.zeros(8).as_strided((3, 2), (2, 3)))
+    param.grad = torch.arange(6.0).view(3, 2)
+    fastwrs.SGD([param], lr=1.0, backend="reference").step()
+    assert torch.equal(param, -torch.arange(6.0).view(3, 2))
 
 
 def test_overlaps_itself() -> None:

@@ -212,6 +212,49 @@ def test_momentum_buffers_that_are_none_count_as_missing() -> None:
     assert torch.equal(optimizer.state[params[0]]["momentum_buffer"], params[0].grad)  # type: ignore[arg-type]
 
 
+def test_a_buffer_whose_every_step_was_skipped_is_not_saved() -> None:
+    params = parameters()
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    optimizer: Any = fastwrs.SGD(params, **options)
+    optimizer.found_inf = torch.tensor(1.0)
+    steps(optimizer, params, range(1))
+    del optimizer.found_inf
+    saved = through_file(optimizer.state_dict())
+    assert [set(values) for values in saved["state"].values()] == [{"step"}] * 3
+    assert "momentum_buffer" in optimizer.state[params[0]]  # saving does not touch the optimizer
+    theirs, ours = copies(params), copies(params)
+    torchs = torch.optim.SGD(theirs, **options, foreach=False)
+    torchs.load_state_dict(saved)
+    other = fastwrs.SGD(ours, **options)
+    other.load_state_dict(saved)
+    for each, group in ((optimizer, params), (torchs, theirs), (other, ours)):
+        steps(each, group, range(1, 4))
+    assert all(map(torch.equal, params, ours))
+    assert_within(ours, theirs)
+
+
+def test_states_of_the_user_are_kept_in_our_dicts() -> None:
+    params = parameters()
+    optimizer = fastwrs.AdamW(params)
+    steps(optimizer, params, range(2))
+    optimizer.state[params[0]]["average"] = torch.ones(5, 4, dtype=torch.float64)
+    optimizer.state[params[1]]["note"] = ["kept"]
+    resumed = copies(params)
+    other = fastwrs.AdamW(resumed)
+    other.load_state_dict(optimizer.state_dict())
+    average = other.state[resumed[0]]["average"]
+    assert torch.equal(average, torch.ones(5, 4, dtype=torch.float64))
+    assert average.data_ptr() != optimizer.state[params[0]]["average"].data_ptr()
+    assert other.state[resumed[1]]["note"] == ["kept"]
+    steps(optimizer, params, range(2, 4))
+    steps(other, resumed, range(2, 4))
+    assert all(map(torch.equal, params, resumed))
+    alone = optimizer.state_dict()
+    alone["state"] = {0: {"note": "alone"}}
+    other.load_state_dict(alone)
+    assert other.state[resumed[0]] == {"note": "alone"}
+
+
 def snapshot(optimizer: Any) -> Any:
     states = [(id(p), {k: (id(v), v.tolist()) for k, v in state.items()}) for p, state in optimizer.state.items()]
     return states, [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]

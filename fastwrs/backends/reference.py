@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastwrs import reference
 from fastwrs.options import masked_dims
-from fastwrs.plan import StepCall, dtypes_of, overlaps_itself
+from fastwrs.plan import StepCall, dtypes_of, lacks_memory, overlaps_itself
 from fastwrs.spec import RULES
 
 NAME = "reference"
@@ -94,6 +94,8 @@ def _check(call: StepCall) -> None:
         mine = (param, call.grads[i], *call.states[i::n])
         if any(t.layout != torch.strided for t in mine):
             raise RuntimeError(f"tensor {i}: only dense tensors are supported")
+        if any(lacks_memory(t) for t in (*mine, call.steps[i])):
+            raise RuntimeError(f"tensor {i}: a tensor reaches beyond its storage")
         if any(t.shape != param.shape for t in mine):
             raise RuntimeError(f"tensor {i}: shapes differ: {[tuple(t.shape) for t in mine]}")
         if any(t.device != call.params[0].device for t in (*mine, call.steps[i])):

@@ -18,6 +18,9 @@ from fastwrs.spec import Rule
 
 Launches = list[tuple[Bundle, StepCall]]
 
+PLANS = 8
+"""How many plans an optimizer keeps: parameters may take turns in having a gradient."""
+
 
 class FusedOptimizer(Optimizer):
     """The base of all fastwrs optimizers. A subclass names its rule and gives its hyperparameters."""
@@ -25,7 +28,7 @@ class FusedOptimizer(Optimizer):
     rule: ClassVar[Rule]
     _step_supports_amp_scaling = True  # GradScaler then hands `grad_scale` and `found_inf` to the step
 
-    _plan: Plan | None = None
+    _plans: tuple[Plan, ...] = ()  # all for the same options, parameters and state dicts; the last one used comes first
     _records: Records | None = None
 
     def __init__(
@@ -77,16 +80,21 @@ class FusedOptimizer(Optimizer):
             records = self._records = Records(self.rule, self.numbers, names)
         records.refresh(self.param_groups)
 
-        plan, failed, refused = self._plan, None, None
-        if plan is not None and plan.holds(self.param_groups, records.shapes, self.state):
-            launches = self._launches(plan, records)
-            if launches is not None:
-                refused = self._launch(launches)
-                if refused is None:
-                    return
-                failed = plan.signature()
+        failed, refused = None, None
+        if self._plans and not self._plans[0].fits(self.param_groups, records.shapes, self.state):
+            self._plans = ()
+        for place, plan in enumerate(self._plans):
+            launches = self._launches(plan, records) if plan.idles() else None
+            if launches is None:
+                continue
+            refused = self._launch(launches)
+            if refused is None:
+                if place > 0:
+                    self._plans = (plan, *self._others(plan))
+                return
+            failed, self._plans = plan.signature(), ()
+            break
 
-        self._plan = None
         unscaling = getattr(self, "grad_scale", None) is not None
         plan = build(self.rule, self.param_groups, self.state, self.state_dtype, self._choose, unscaling)
         if refused is not None and plan.signature() == failed:
@@ -98,10 +106,21 @@ class FusedOptimizer(Optimizer):
         fresh = any(bundle.fresh for bundle in plan.bundles)
         if refused is not None or (fresh and self._skipped()):
             plan.uninstall(self.state)  # a buffer that starts late is still to be started
-        elif not fresh:
-            self._plan = plan
+            self._plans = ()
+        elif fresh:
+            self._plans = ()
+        else:
+            others = self._others(plan)
+            for other in others:
+                other.owners, other.owned = plan.owners, plan.owned  # new states are of parameters that idled there
+            self._plans = (plan, *others)[:PLANS]
         if refused is not None:
             raise refused
+
+    def _others(self, plan: Plan) -> list[Plan]:
+        """The plans for other sets of parameters with gradients."""
+        idle = set(map(id, plan.idle))
+        return [other for other in self._plans if set(map(id, other.idle)) != idle]
 
     def _choose(self, device_type: str, dtypes: Triple) -> dispatch.Backend:
         return dispatch.choose(self.backend, device_type, dtypes)
@@ -111,7 +130,7 @@ class FusedOptimizer(Optimizer):
         return found_inf is not None and bool(found_inf != 0)
 
     def _launches(self, plan: Plan, records: Records) -> Launches | None:
-        """One call per bundle with the tensors as they are now; None if a gradient or a state is gone."""
+        """One call per bundle with the tensors as they are now; None if the plan is not for them."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         launches = []
         for bundle in plan.bundles:
@@ -147,6 +166,9 @@ class FusedOptimizer(Optimizer):
             return error
         for bundle, call in launches[1:]:
             dispatch.launch(bundle.backend, call)
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf != 0):
+            return None  # skipped: nothing was written. One on a device is not looked at, which would wait for it.
         for _, call in launches:
             # The kernels write behind autograd's back; it has to be told.
             written = call.params + call.states + call.steps
@@ -214,4 +236,4 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self._plan = self._records = None
+        self._plans, self._records = (), None

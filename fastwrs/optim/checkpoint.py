@@ -35,8 +35,20 @@ _SHARED = (
 _OPTIONS: tuple[tuple[str, Any], ...] = (("rescale", Rescale), ("shrink", Shrink))
 
 
+_LATE = "momentum_buffer"
+"""The state that starts as the first gradient, which torch does where it is missing. Ours is there before."""
+
+
 def options_to_plain(_optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """The hook on ``state_dict()`` that writes ``rescale`` and ``shrink`` as plain dicts."""
+    """The hook on ``state_dict()``: writes ``rescale`` and ``shrink`` as plain dicts.
+
+    It leaves out the momentum buffers of parameters whose every step was skipped.
+    """
+    state = state_dict["state"]
+    for key, values in state.items():
+        if isinstance(values, Mapping) and _LATE in values and STEP in values and bool(values[STEP] == 0):
+            # `state` is torch's new dict; the dicts in it are the optimizer's own.
+            state[key] = {name: value for name, value in values.items() if name != _LATE}
     for group in state_dict["param_groups"]:
         for name, _ in _OPTIONS:
             group[name] = to_plain(group[name])
@@ -54,9 +66,11 @@ def converted(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> tuple
     _check_sizes(optimizer, saved_groups)
 
     groups = []
+    by_us: list[bool] = []
     places: dict[Any, tuple[dict[str, Any], int, int]] = {}
     for g, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         _check_kind(optimizer, saved, g)
+        by_us.append(_OPTIONS[0][0] in saved)
         ids = saved.pop("params")
         for name, kind in _OPTIONS:
             if name in saved:
@@ -74,7 +88,7 @@ def converted(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> tuple
         group, g, i = places[key]
         param = group["params"][i]
         try:
-            state[param] = _states(optimizer, param, values)
+            state[param] = _states(optimizer, param, values, by_us[g])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{label(group, g, i)}: {error}") from None
     return groups, state
@@ -105,12 +119,17 @@ def _check_kind(optimizer: FusedOptimizer, saved: Mapping[str, Any], g: int) -> 
         )
 
 
-def _states(optimizer: FusedOptimizer, param: Tensor, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved states of one parameter, in our dtypes and with memory of their own."""
+def _states(optimizer: FusedOptimizer, param: Tensor, values: Mapping[str, Any], by_us: bool) -> dict[str, Any]:
+    """The saved states of one parameter, in our dtypes and with memory of their own.
+
+    States that are not ours are kept as they are if fastwrs wrote them: then they are the user's.
+    """
     rule: Rule = optimizer.rule
-    saved = {name: value for name, value in values.items() if value is not None}
-    slots = {slot.name: slot for slot in rule.slots}
-    if unknown := sorted(set(saved) - set(slots) - {STEP}):
+    known = {*(slot.name for slot in rule.slots), STEP}
+    saved = {name: value for name, value in values.items() if value is not None and name in known}
+    others = {name: value for name, value in values.items() if value is not None and name not in known}
+    if others and not by_us:
+        unknown = sorted(map(str, others))
         raise ValueError(f"{type(optimizer).__name__} keeps no state {', '.join(map(repr, unknown))}")
     if lacking := incomplete(rule, saved):
         raise ValueError(f"its saved state lacks {lacking}")
@@ -121,6 +140,8 @@ def _states(optimizer: FusedOptimizer, param: Tensor, values: Mapping[str, Any])
     for name, value in saved.items():
         if name != STEP:
             states[name] = _moment(optimizer, param, name, value)
+    for name, value in others.items():
+        states[name] = value.detach().to(param.device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
     return states
 
 

@@ -109,6 +109,8 @@ def number(hyper: Hyper, value: Any, g: int | None = None) -> float:
         if isinstance(value, (str, bytes)):
             raise TypeError
         value = float(value)
+    except OverflowError:
+        raise ValueError(f"Invalid {_word(hyper.name)}: too large for a float{_where(g)}") from None
     except (TypeError, ValueError):
         raise ValueError(f"{_lead(hyper.name, given)}: it must be a number{_where(g)}") from None
     if (hyper.name == "stop" and value == NO_STOP) or hyper.why_not(value) is None:
@@ -138,7 +140,11 @@ def _norm_control(rescale: Rescale | None, shrink: Shrink | None) -> dict[str, f
 
 def _lead(name: str, value: Any) -> str:
     shown = value.item() if isinstance(value, Tensor) else value
-    return f"Invalid {_WORDS.get(name, f'{name} value')}: {shown!r}"
+    return f"Invalid {_word(name)}: {shown!r}"
+
+
+def _word(name: str) -> str:
+    return _WORDS.get(name, f"{name} value")
 
 
 def _where(g: int | None) -> str:
