@@ -90,7 +90,7 @@ LANES = (
     Lane("oracle", 60, lambda: pytest_("oracle")),
     Lane("cpu", 180, lambda: pytest_("cpu and not negative_control")),
     Lane("house", 90, lambda: pytest_(f"not (oracle or cpu or negative_control or {LATER})")),
-    Lane("sanitizers", 150, sanitizers),
+    Lane("sanitizers", 200, sanitizers),
     Lane("negative control", 200, lambda: pytest_("negative_control")),
 )
 
