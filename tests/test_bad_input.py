@@ -14,19 +14,8 @@ from fastwrs.plan import lacks_memory
 from fastwrs.spec import DTYPE_TRIPLES
 
 pytestmark = [pytest.mark.cpu, pytest.mark.bad_input]
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
-    for name, reason in fastwrs.backends().items()
-    if name in ("cpu", "reference")
-]
 SHAPE = (3, 4)
 HUGE = 10**400  # an int that no float holds
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTWRS_BACKEND", request.param)
-    return request.param
 
 
 class Odd(nn.Parameter):

@@ -13,17 +13,6 @@ import fastwrs
 from fastwrs import Rescale, Shrink
 
 pytestmark = pytest.mark.cpu
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
-    for name, reason in fastwrs.backends().items()
-    if name in ("cpu", "reference")
-]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTWRS_BACKEND", request.param)
-    return request.param
 
 
 def roles(model: nn.Module, **options: Any) -> dict[str, Any]:

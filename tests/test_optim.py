@@ -13,21 +13,9 @@ from torch import Tensor, nn
 
 import fastwrs
 
-pytestmark = pytest.mark.cpu
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
-    for name, reason in fastwrs.backends().items()
-    if name in ("cpu", "reference")
-]
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("backend")]
 TORCH_ULPS = 16  # the agreement with torch.optim that the project promises, over 20 steps
 SHAPES = ((7, 5), (4, 3, 3, 3), (33,), (), (0, 4))
-
-
-@pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs every test on every backend, as the default of ``backend="auto"``."""
-    monkeypatch.setenv("FASTWRS_BACKEND", request.param)
-    return request.param
 
 
 def parameters(dtype: torch.dtype = torch.float32, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[nn.Parameter]:

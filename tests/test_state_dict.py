@@ -15,12 +15,7 @@ from torch import Tensor, nn
 import fastwrs
 from fastwrs import Rescale, Shrink
 
-pytestmark = pytest.mark.cpu
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
-    for name, reason in fastwrs.backends().items()
-    if name in ("cpu", "reference")
-]
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("backend")]
 RULES: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"lr": 0.05, "weight_decay": 0.02}),
     ("SGD", {"lr": 0.05, "momentum": 0.8, "nesterov": True, "weight_decay": 0.02}),
@@ -29,12 +24,6 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("AdamW", {"lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.02}),
 ]
 by_rule = pytest.mark.parametrize(("name", "options"), RULES, ids=str)
-
-
-@pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTWRS_BACKEND", request.param)
-    return request.param
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:

@@ -54,7 +54,7 @@ struct TensorPlan {
 
   // The most elements that one thread holds at a time.
   int64_t tile_size() const { return path == kOnePass ? units_per_tile * geometry.unit_size() : rows_per_item * strip; }
-  // Columns and elements of the longest run of a group set that is summed in one go.
+  // Columns that are summed side by side.
   int64_t sum_columns() const { return path == kOnePass ? geometry.cols : strip; }
 
   Block block(int64_t item) const {
