@@ -4,7 +4,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 PINS := -c requirements/ci.txt
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
-CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' 2>/dev/null)
+CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' 2>/dev/null)
 
 # With and without a compiler are two different builds, so that installing one is noticed.
 COMPILER := $(shell command -v $(firstword $(CXX)) || command -v c++ || command -v g++ || command -v clang++)

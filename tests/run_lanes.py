@@ -46,7 +46,8 @@ def pytest_(markers: str, *arguments: str, **environment: str) -> int:
 
 def lint() -> int:
     scripts = Path(sys.executable).parent
-    sources = sorted(str(p) for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp"})
+    folders = (ROOT / "csrc", ROOT / "tests" / "cpp")
+    sources = sorted(str(p) for folder in folders for p in folder.rglob("*") if p.suffix in {".h", ".cpp"})
     checks = (
         ("ruff", "check", "."),
         ("ruff", "format", "--check", "."),

@@ -463,23 +463,3 @@ def test_expanded_gradients_are_fine(name: str) -> None:
         getattr(fastwrs, name)([param], lr=0.1).step()
         results.append(param)
     assert torch.equal(*results)
-
-
-def test_dtensor_is_refused_by_name() -> None:
-    distributed = pytest.importorskip("torch.distributed")
-    if not distributed.is_available() or distributed.is_initialized():
-        pytest.skip("needs a process group of its own")
-    tensor = pytest.importorskip("torch.distributed.tensor")
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
-        sharded = nn.Parameter(tensor.distribute_tensor(torch.ones(SHAPE), mesh, [tensor.Shard(0)]))
-        plain = weight()
-        plain.grad, sharded.grad = torch.ones(SHAPE), torch.ones_like(sharded)
-        optimizer = fastwrs.AdamW([("plain", plain), ("sharded", sharded)])
-        with pytest.raises(RuntimeError, match=r"parameter 'sharded' .* is a DTensor"):
-            optimizer.step()
-        assert torch.equal(plain, torch.ones(SHAPE))
-        assert not optimizer.state
-    finally:
-        distributed.destroy_process_group()

@@ -42,12 +42,30 @@ def test_documented_commands_exist():
 
 
 def test_documented_files_exist():
-    for name in ("README.md", "CONTRIBUTING.md", "docs/design.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "docs/design.md", "docs/contract.md"):
         links = re.findall(r"\]\(([^)#:]+)\)", read(name))
         named = re.findall(r"`((?:fastwrs|csrc|tests|docs|bench|requirements)/[\w./]+)`", read(name))
         # The recipe's own rule is an example.
         missing = [link for link in [*links, *named] if "lion" not in link and not (ROOT / link).exists()]
         assert not missing, f"{name} names {missing}"
+
+
+def test_every_proof_of_the_contract_exists():
+    """Each row of docs/contract.md names a test that is there; what is named as a proof of F1 is called f1."""
+    text = read("docs/contract.md")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    missing = [f"{file}::{name}" for file, name in named if f"def {name}(" not in read(f"tests/{file}")]
+    assert missing == []
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    unproven = [row for row in rows if not row.rstrip(" |").endswith("proof") and "`test_" not in row]
+    assert unproven == []
+    assert len(named) > 60
+    found = {
+        name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"def (test_f\d+_\w+)\(", read(f"tests/{path.name}"))
+    }
+    assert found <= {name for _, name in named}
 
 
 def test_the_quick_start_runs():

@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tolerances import NORM_BOUND, norm_deviation, ulp
+from parity import assert_close_to_torch, gradients, parameters, run
+from tolerances import NORM_BOUND, norm_deviation
 from torch import Tensor, nn
 
 import fastwrs
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("backend")]
-TORCH_ULPS = 16  # the agreement with torch.optim that the project promises, over 20 steps
-SHAPES = ((7, 5), (4, 3, 3, 3), (33,), (), (0, 4))
-
-
-def parameters(dtype: torch.dtype = torch.float32, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(7)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
-
-
-def gradients(params: list[nn.Parameter], step: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(1000 + step)
-    for param in params:
-        yield torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
-
-
-def run(
-    optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: range, late: int = 3
-) -> list[list[Tensor]]:
-    """The weights after each step. The second parameter gets its first gradient in step ``late``."""
-    history = [[param.detach().clone() for param in params]]
-    for step in steps:
-        for k, (param, grad) in enumerate(zip(params, gradients(params, step), strict=True)):
-            param.grad = None if k == 1 and step < late else grad
-        optimizer.step()
-        history.append([param.detach().clone() for param in params])
-    return history
-
 
 SGD_OPTIONS: list[dict[str, Any]] = [
     {"lr": 0.03},
@@ -66,18 +39,6 @@ RUNS = [
 ]
 
 
-def assert_close_to_torch(ours: list[list[Tensor]], theirs: list[list[Tensor]]) -> None:
-    for k in range(len(ours[0])):
-        if not ours[0][k].numel():
-            continue
-        path = torch.stack([weights[k] for weights in theirs])
-        moves = path.diff(dim=0)
-        largest = max(path.abs().max().item(), moves.abs().max().item())
-        unit = ulp(torch.tensor(largest, dtype=torch.float64), path.dtype).item()
-        worst = max((a[k] - b[k]).abs().max().item() for a, b in zip(ours, theirs, strict=True))
-        assert worst <= TORCH_ULPS * unit, f"tensor {k}: {worst / unit:.1f} ulps"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("name", "options"), RUNS, ids=lambda value: str(value))
 def test_agrees_with_torch_for_loop(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
@@ -100,24 +61,6 @@ def test_tensor_hyperparameters_are_read_in_each_step(dtype: torch.dtype) -> Non
         lr.mul_(0.5)
         betas[1].fill_(0.9)
         results.append(first + run(optimizer, params, range(7, 20)))
-    assert_close_to_torch(*results)
-
-
-@pytest.mark.parametrize("name", ["SGD", "AdamW"])
-def test_schedulers_drive_lr_and_momentum(name: str) -> None:
-    results = []
-    for module, options in ((fastwrs, {}), (torch.optim, {"foreach": False})):
-        params = parameters()
-        options = {**options, "momentum": 0.7} if name == "SGD" else options
-        optimizer = getattr(module, name)(
-            [{"params": params[:2], "weight_decay": 0.1}, {"params": params[2:]}], **options
-        )
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=21)
-        history = []
-        for step in range(20):
-            history += run(optimizer, params, range(step, step + 1))
-            scheduler.step()
-        results.append(history)
     assert_close_to_torch(*results)
 
 
@@ -215,20 +158,6 @@ def test_momentum_switched_on_later_starts_as_the_gradient() -> None:
     assert_close_to_torch(*results)
 
 
-@pytest.mark.parametrize("found", [1.0, 2.0, -1.0, float("nan")])
-def test_any_nonzero_found_inf_skips_everything(found: float) -> None:
-    params, expected = parameters(), parameters()
-    optimizer = fastwrs.SGD(params, lr=0.1, momentum=0.9, dampening=0.4, rescale=None)
-    optimizer.found_inf = torch.tensor(found)  # type: ignore[attr-defined]
-    before, after = run(optimizer, params, range(1), late=0)
-    assert all(map(torch.equal, before, after))
-    assert [optimizer.state[param]["step"].item() for param in params] == [0] * len(params)
-    del optimizer.found_inf  # type: ignore[attr-defined]
-    run(optimizer, params, range(1, 4), late=0)  # the skipped first step left nothing behind
-    run(fastwrs.SGD(expected, lr=0.1, momentum=0.9, dampening=0.4), expected, range(1, 4), late=0)
-    assert all(map(torch.equal, params, expected))
-
-
 def test_late_momentum_stays_fresh_over_a_skipped_step() -> None:
     results = []
     for skip in (True, False):
@@ -285,26 +214,6 @@ def test_a_skipped_step_does_not_disturb_autograd() -> None:
     optimizer.zero_grad()
     loss.backward()
     assert torch.equal(w.grad, 2 * w.detach())  # type: ignore[arg-type]
-
-
-def test_version_counters_of_everything_written() -> None:
-    params = parameters()
-    optimizer = fastwrs.Adam(params, amsgrad=True)
-    run(optimizer, params, range(1), late=0)
-    written = [t for param in params for t in (param, *optimizer.state[param].values())]
-    before = [tensor._version for tensor in written]
-    saved = params[0] * params[0]
-    optimizer.step()
-    assert all(tensor._version > version for tensor, version in zip(written, before, strict=True))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        saved.sum().backward()
-    grads = [param.grad for param in params if param.grad is not None]
-    versions = [grad._version for grad in grads]
-    optimizer.step()
-    assert [grad._version for grad in grads] == versions
-    optimizer.grad_scale = torch.tensor(2.0)  # type: ignore[attr-defined]
-    optimizer.step()
-    assert all(grad._version > version for grad, version in zip(grads, versions, strict=True))
 
 
 def test_state_dtype() -> None:

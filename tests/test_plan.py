@@ -48,7 +48,7 @@ def model(count: int = 4, dtype: torch.dtype = torch.float32) -> list[nn.Paramet
 
 
 @pytest.mark.usefixtures("backend")
-def test_one_plan_serves_many_steps(builds: list[Any]) -> None:
+def test_f11_one_plan_serves_many_steps(builds: list[Any]) -> None:
     params = model()
     optimizer = fastwrs.AdamW(params, rescale=fastwrs.Rescale())
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)

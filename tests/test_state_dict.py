@@ -137,7 +137,7 @@ def test_steps_as_python_numbers_load() -> None:
     assert {(state["step"].dtype, state["step"].shape) for state in other.state.values()} == {(torch.float32, ())}
 
 
-def test_states_of_bf16_parameters_keep_their_fp32_bits() -> None:
+def test_f7_states_of_bf16_parameters_keep_their_fp32_bits() -> None:
     params = parameters(torch.bfloat16)
     optimizer = fastwrs.AdamW(params, lr=0.1)
     steps(optimizer, params, range(3))
@@ -156,6 +156,53 @@ def test_states_of_bf16_parameters_keep_their_fp32_bits() -> None:
     back = fastwrs.AdamW(copies(params))
     back.load_state_dict(short.state_dict())
     assert {state["exp_avg_sq"].dtype for state in back.state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_bf16_states_of_a_bf16_model_of_torch(name: str) -> None:
+    """Their bits are kept, widened to fp32, and the run goes on from there as torch's does, to bf16's precision."""
+    options: dict[str, Any] = {"lr": 0.05, "momentum": 0.8} if name == "SGD" else {"lr": 0.02}
+    theirs = parameters(torch.bfloat16)
+    optimizer = getattr(torch.optim, name)(groups(theirs), **options, foreach=False)
+    steps(optimizer, theirs, range(5))
+    ours = copies(theirs)
+    other = getattr(fastwrs, name)(groups(ours))
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    for param, twin in zip(theirs, ours, strict=True):
+        for key in ("momentum_buffer",) if name == "SGD" else ("exp_avg", "exp_avg_sq"):
+            assert optimizer.state[param][key].dtype == torch.bfloat16
+            assert other.state[twin][key].dtype == torch.float32
+            assert torch.equal(other.state[twin][key], optimizer.state[param][key].float())
+    steps(optimizer, theirs, range(5, 15))
+    steps(other, ours, range(5, 15))
+    assert_within(ours, theirs)
+    # And back: torch takes our fp32 states and rounds them to bf16, as it does with its own.
+    returned = copies(ours)
+    back = getattr(torch.optim, name)(groups(returned), foreach=False)
+    back.load_state_dict(through_file(other.state_dict()))
+    steps(back, returned, range(15, 18))
+    steps(other, ours, range(15, 18))
+    assert_within(returned, ours)
+
+
+def test_older_dicts_of_torch_load() -> None:
+    """Without the options that torch added over the years, and with steps as Python numbers, as before torch 1.12."""
+    theirs = parameters()
+    optimizer = torch.optim.Adam(theirs, lr=0.02, amsgrad=True, weight_decay=0.1, foreach=False)
+    steps(optimizer, theirs, range(4))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        for key in ("foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+            del group[key]
+    for state in saved["state"].values():
+        state["step"] = int(state["step"])
+    ours = copies(theirs)
+    other = fastwrs.Adam(ours)
+    other.load_state_dict(through_file(saved))
+    assert {state["step"].item() for state in other.state.values()} == {4.0}
+    steps(optimizer, theirs, range(4, 14))
+    steps(other, ours, range(4, 14))
+    assert_within(ours, theirs)
 
 
 def test_loaded_states_share_no_memory_and_take_their_parameters_layout() -> None:

@@ -134,6 +134,19 @@ def check(inputs: Inputs, got: Mapping[str, Tensor], where: str = "") -> float:
     return worst
 
 
+def check_path(got: Tensor, formula: Tensor, truth: Tensor, start: Tensor, where: str = "") -> float:
+    """Checks weights at the end of a run of many steps; returns the loss as a share of its budget.
+
+    The policy is that of a single step: twice what the oracle's formula loses in fp32 over the same run, plus 1 ulp of
+    the largest magnitude. ``formula`` and ``truth`` are the oracle's runs in fp32 and fp64.
+    """
+    scale = _largest(start, truth).max()
+    budget = 2 * float(_loss(formula, truth, scale, torch.float32).max()) + 1
+    loss = float(_loss(got, truth, scale, got.dtype).max())
+    assert loss <= budget, f"{where}: {loss:.3g} ulps off at the end of the run, {budget:.3g} are allowed"
+    return loss / budget
+
+
 def norm_deviation(tensor: Tensor, dims: tuple[int, ...], target: float) -> float:
     """The largest relative difference between a group's norm (in fp64) and the target; 0 if there are no groups."""
     norms = tensor.double().square().sum(dim=dims).sqrt()

@@ -1,0 +1,68 @@
+"""The host side of a step alone: everything in front of the kernels, with the launch replaced by nothing.
+
+Measured against the whole step of torch's fused AdamW on as many tensors of 4 elements, in turns: `make bench`. The
+goal is half of that; and no option may make the host side slower, since options travel as numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import compare
+import pytest
+import torch
+from test_step import Comparison
+
+import fastwrs
+from fastwrs import dispatch
+
+TENSORS, REPEAT = 161, 20
+OPTIONS: dict[str, dict[str, Any]] = {
+    "AdamW": {},
+    "AdamW, tensor lr": {"lr": torch.tensor(1e-3)},
+    "AdamW, WRS": {"rescale": fastwrs.Rescale()},
+    "AdamW, every option": {
+        "rescale": fastwrs.Rescale(every=3, axis="in", target=2.0, start=5, stop=10**9),
+        "shrink": fastwrs.Shrink(0.1, axis="in"),
+        "amsgrad": True,
+        "maximize": True,
+        "weight_decay": 0.3,
+    },
+    "SGD, momentum": {"momentum": 0.9},
+}
+
+
+def launch_nothing(*_args: object, **_options: object) -> None:
+    """Stands for the kernels."""
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_host(name: str, benchmark, record, rounds):
+    ours, theirs = (compare.make_params([(2, 2)] * TENSORS) for _ in range(2))
+    optimizer = getattr(fastwrs, name.split(",")[0])(ours, **OPTIONS[name])
+    optimizer.step()
+    optimizer.step()
+    assert optimizer.state[ours[0]]["step"].item() == 2
+    their_step = compare.torch_fused("AdamW", theirs)
+    their_step()
+    kernels, their_times = dispatch.launch, []
+
+    def our_steps() -> None:
+        dispatch.launch = launch_nothing
+        try:
+            for _ in range(REPEAT):
+                optimizer.step()
+        finally:
+            dispatch.launch = kernels
+
+    benchmark.pedantic(
+        our_steps,
+        setup=lambda: their_times.append(compare.timed(their_step, REPEAT)),
+        rounds=rounds,
+        warmup_rounds=3,
+    )
+    assert optimizer.state[ours[0]]["step"].item() == 2, "the kernels ran"
+    our_times = [seconds / REPEAT for seconds in benchmark.stats.stats.data]
+    their_times = their_times[-len(our_times) :]
+    case = Comparison(f"host side, {TENSORS} tensors, {name} / torch's AdamW step", "AdamW", list, target=0.5)
+    record(case, compare.Ratio.of(our_times, their_times), our_times, their_times, bytes_per_step=0)
