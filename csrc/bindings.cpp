@@ -12,6 +12,7 @@
 
 #include "cpu/engine.h"
 #include "cpu/leaves.h"
+#include "norms/measured.h"
 #include "rules/all.h"
 
 namespace fastwrs {
@@ -25,7 +26,6 @@ enum Common { kLr, kLrTensor, kMaximize, kEvery, kStart, kStop, kTarget, kRate, 
 constexpr const char* kCommonNames[] = {"lr",   "lr_tensor", "maximize", "every", "start",
                                         "stop", "target",    "rate",     "power"};
 static_assert(sizeof(kCommonNames) / sizeof(kCommonNames[0]) == kCommon, "names and numbers of the common record");
-constexpr int64_t kMeasured = 8;
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -250,7 +250,7 @@ struct StepArgs {
 };
 
 // Fills what the job does to tensor i, apart from the tensor itself.
-cpu::TensorStep tensor_step(const StepArgs& a, int64_t i, int64_t record, const std::vector<double>& lrs) {
+TensorStep tensor_step(const StepArgs& a, int64_t i, int64_t record, const std::vector<double>& lrs) {
   const int64_t rows = int64_t(a.hyper.size()) / record, row = a.groups[i];
   if (row < 0 || row >= rows) fail("groups[", i, "] = ", row, " but there are ", rows, " records");
   const double* h = a.hyper.data() + row * record;
@@ -259,8 +259,9 @@ cpu::TensorStep tensor_step(const StepArgs& a, int64_t i, int64_t record, const 
   if (!(h[kLrTensor] < double(lrs.size()))) fail("lr_tensor ", h[kLrTensor], " but there are ", lrs.size(), " lrs");
   const double lr = h[kLrTensor] < 0 ? h[kLr] : lrs[size_t(h[kLrTensor])];
   return {static_cast<float*>(step.data),
+          row,
           h + kCommon,
-          lr,
+          {lr},
           h[kMaximize] != 0,
           false,
           h[kEvery],
@@ -275,7 +276,7 @@ void step(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
   if (inputs != 15) fail("fastwrs::step takes 15 arguments, got ", inputs);
   const StepArgs a(stack);
   const int64_t n = int64_t(a.params.size());
-  static thread_local cpu::StepJob job;  // kept, for a long list costs more to allocate than to fill
+  static thread_local StepJob job;  // kept, for a long list costs more to allocate than to fill
   job.clear();
   job.rule = cpu::rule_index(a.rule.c_str());
   if (job.rule < 0) fail("unknown rule \"", a.rule, "\"");
@@ -296,8 +297,8 @@ void step(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
   std::vector<double> lrs;
   for (size_t i = 0; i < a.lrs.size(); ++i) lrs.push_back(number_in(a.lrs[i], "lrs", int64_t(i)));
   if (a.grad_scale.get()) {
-    job.grad_scale = number_in(a.grad_scale, "grad_scale");
-    if (!(job.grad_scale > 0)) fail("grad_scale must be > 0, got ", job.grad_scale);
+    job.grad_scale.value = number_in(a.grad_scale, "grad_scale");
+    if (!(job.grad_scale.value > 0)) fail("grad_scale must be > 0, got ", job.grad_scale.value);
   }
 
   job.tensors.assign(n, TensorView());
@@ -313,7 +314,7 @@ void step(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
     view.sizes = param.sizes;
     add_array(view, param);
     add_array(view, grad);
-    cpu::Dtypes dtypes{param.dtype, grad.dtype, param.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32};
+    Dtypes dtypes{param.dtype, grad.dtype, param.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32};
     for (int64_t s = 0; s < slots; ++s) {
       const Facts state = describe(a.states[s * n + i], "states", s * n + i);
       check_same_shape(state, param, "states", s * n + i);
@@ -323,7 +324,7 @@ void step(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
       add_array(view, state);
     }
     if (i == 0) job.dtypes = dtypes;
-    if (!cpu::triple_allowed(dtypes))
+    if (!triple_allowed(dtypes))
       fail("params[", i, "]: dtypes of parameter, gradient and state do not go together");
     if (dtypes.param != job.dtypes.param || dtypes.grad != job.dtypes.grad || dtypes.state != job.dtypes.state) {
       fail("params[", i, "] and params[0] have different dtypes; one call takes one dtype triple");

@@ -45,6 +45,10 @@ def _projection(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "csrc/norms/projection.h", old, new)
 
 
+def _measured(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/norms/measured.h", old, new)
+
+
 def _bindings(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "csrc/bindings.cpp", old, new)
 
@@ -59,9 +63,9 @@ def _leaves(name: str, old: str, new: str) -> Mutant:
 
 MUTANTS = (
     # the rules
-    _adam("bias correction 1 of the step before", "std::pow(h[kBeta1], t)", "std::pow(h[kBeta1], t - 1)"),
-    _adam("bias correction 2 of the step before", "std::pow(h[kBeta2], t)", "std::pow(h[kBeta2], t - 1)"),
-    _adam("no decoupled decay", "decoupled ? 1 - lr * h[kWeightDecay] : 1", "1"),
+    _adam("bias correction 1 of the step before", "c.log_beta1, t)", "c.log_beta1, t - 1)"),
+    _adam("bias correction 2 of the step before", "c.log_beta2, t)", "c.log_beta2, t - 1)"),
+    _adam("no decoupled decay", "T(1) - lr * c.decoupled_decay", "T(1)"),
     _adam("no coupled decay in adam", "s.coupled_decay != 0 ? g + s.coupled_decay * w : g", "g"),
     _adam("eps under the root", "square_root(largest) *", "square_root(largest + s.eps) *"),
     _adam("amsgrad without its maximum", "state[2] = largest = maximum(", "state[2] = maximum("),
@@ -70,14 +74,14 @@ MUTANTS = (
     _sgd("no dampening", "1 - h[kDampening]", "1"),
     _sgd("no first step", "s.first != 0 ? g :", ""),
     # schedule, rescale, shrink
-    _projection("rescale a step late", "fmod(t, every)", "fmod(t - 1, every)"),
+    _projection("rescale a step late", "every * whole(t / every) == t", "every * whole((t - 1) / every) == t - 1"),
     _projection("stop is included", "t < stop", "t <= stop"),
     _projection("start is excluded", "start <= t", "start < t"),
     _projection("rescale with lr 0", "p.rescale = lr != 0 &&", "p.rescale ="),
     _projection("a zero norm is scaled", "norm > 0 && is_finite(norm)", "is_finite(norm)"),
     _projection("an infinite norm is scaled", "norm > 0 && is_finite(norm)", "norm > 0"),
     _projection("an epsilon in the quotient", "T(target) / norm", "T(target) / (norm + T(1e-12))"),
-    _worker("shrink by the norm after", "shrink_factor(before,", "shrink_factor(updated,"),
+    _measured("shrink by the norm after", "shrink_factor(before,", "shrink_factor(updated,"),
     # norms
     _bindings(
         "norms of the wrong axis",
@@ -125,7 +129,7 @@ MUTANTS = (
     _bindings("lr tensors ignored", "h[kLrTensor] < 0 ? h[kLr] :", "true ? h[kLr] :"),
     _bindings("the first record for all", "row = a.groups[i];", "row = 0;"),
     Mutant("steps stand still", "csrc/cpu/engine.cpp", "*job.steps[i].step = finished[i];", ";"),
-    _worker("another norm is measured", "norm[kUpdate] / norm[kBefore]", "norm[kUpdated] / norm[kBefore]"),
+    _measured("another norm is measured", "norm[kUpdate] / norm[kBefore]", "norm[kUpdated] / norm[kBefore]"),
 )
 
 # What tests of values cannot see, and AddressSanitizer does.

@@ -127,8 +127,7 @@ void conclude_empty(const Call<P>& call, const TensorView& view) {
   const int64_t groups = group_count(view);
   if (call.norms) std::fill_n(call.norms + view.norm_row, groups, compute_t<P>(0));
   for (int64_t i = 0; call.measured && i < groups; ++i) {
-    const float row[8] = {0, 0, 0, 0, 0, 0, 1, 1};
-    std::memcpy(call.measured + 8 * (view.norm_row + i), row, sizeof row);
+    write_measured_of_nothing(call.measured + kMeasured * (view.norm_row + i));
   }
 }
 
@@ -191,7 +190,7 @@ struct ScalarCache {
     static_assert(sizeof(Scalars) <= sizeof(values), "raise kMaxScalars"); \
     count = int(sizeof(Scalars) / sizeof(double));                         \
     if (!known) {                                                          \
-      const Scalars scalars = Rule::prepare(rule_record, lr_, t_, first_); \
+      const Scalars scalars = Rule::prepare(Rule::constants(rule_record), lr_, t_, first_); \
       std::memcpy(values, &scalars, sizeof scalars);                       \
     }                                                                      \
   }
@@ -211,7 +210,7 @@ void step_typed(const StepJob& job, const Threads& threads) {
   Call<P> call;
   call.update = leaves().update(job.rule, job.slots, job.dtypes.param, job.dtypes.grad, job.dtypes.state);
   call.dtypes = job.dtypes;
-  call.grad_scale = job.grad_scale;
+  call.grad_scale = job.grad_scale.value;
   call.measured = job.measured;
   static thread_local std::vector<Work<C>> works;  // kept, for a long list costs more to allocate than to fill
   works.assign(job.tensors.size(), Work<C>());
@@ -224,10 +223,11 @@ void step_typed(const StepJob& job, const Threads& threads) {
     finished[i] = float(t);
     w.view = &job.tensors[i];
     w.maximize = s.maximize;
-    const int count = scalars.fill(job.rule, s.rule_record, s.lr, t, t == 1 || s.fresh);
+    const int count = scalars.fill(job.rule, s.rule_record, s.lr.value, t, t == 1 || s.fresh);
     leaves().cast_scalars(scalars.values, w.scalars, count, job.dtypes.param);
     if (w.view->reduced != 0) {
-      w.plan.projection = Projection::at(t, s.lr, s.every, s.start, s.stop, s.target, s.rate, s.power);
+      w.plan.projection =
+          Projection<double>::at(t, s.lr.value, s.every, s.start, s.stop, s.target, s.rate, s.power);
     }
     const bool measure = job.measured && w.view->norm_row >= 0;
     w.plan.wants[kBefore] = measure || w.plan.projection.shrink;
@@ -291,14 +291,6 @@ bool rule_takes_slots(int rule, int64_t slots) {
 }
 
 int64_t rule_hypers(int rule) { return kRules[rule].hypers; }
-
-bool triple_allowed(const Dtypes& d) {
-#define FASTWRS_TRIPLE(P, G, S) \
-  if (d.param == DtypeOf<P>::value && d.grad == DtypeOf<G>::value && d.state == DtypeOf<S>::value) return true;
-  FASTWRS_DTYPE_TRIPLES(FASTWRS_TRIPLE)
-#undef FASTWRS_TRIPLE
-  return false;
-}
 
 void step(const StepJob& job, const Threads& threads) {
   with_type(job.dtypes.param, [&](auto type) { step_typed<decltype(type)>(job, threads); });

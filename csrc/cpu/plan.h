@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "../norms/geometry.h"
-#include "../norms/projection.h"
+#include "../norms/measured.h"
 #include "leaves.h"
 
 namespace fastwrs::cpu {
@@ -20,9 +20,6 @@ constexpr int64_t kItem = 16384;
 // Two phases over columns: an item is a strip of at most so many columns, at least so many rows.
 constexpr int64_t kStrip = 1024, kStripRows = 64;
 
-// Sums of squares that a step needs of each group. The order is that of the partial sums in the workspace.
-enum Sum { kBefore, kUpdated, kGrad, kUpdate, kSums };
-
 // An item of work that is not whole units: rows and columns of one unit.
 struct Block {
   int64_t unit, row_item, first_row, rows, first_column, columns;
@@ -32,7 +29,7 @@ struct TensorPlan {
   enum Path { kElementwise, kOnePass, kTwoPhases };
 
   Geometry geometry;
-  Projection projection;
+  Projection<double> projection;
   bool wants[kSums] = {};
   Path path = kElementwise;
   int64_t items = 0;   // of the first phase

@@ -72,14 +72,6 @@ struct Cursor {
   char* array[kMaxArrays];
 };
 
-// The factor that projects a group with these norms.
-template <class C>
-C projection_factor(const Projection& p, C before, C updated) {
-  if (p.rescale) return rescale_factor(updated, p.target);
-  if (p.shrink) return shrink_factor(before, p.lr_rate, p.power);
-  return C(1);
-}
-
 template <class P>
 class Worker {
   using C = compute_t<P>;
@@ -373,15 +365,8 @@ class Worker {
       factor[j] = projection_factor(p.projection, norm[kBefore], norm[kUpdated]);
       if (call.norms) call.norms[w.view->norm_row + p.geometry.norm_row(group + j)] = norm[kUpdated];
       if (call.measured && w.view->norm_row >= 0) {
-        float* row = call.measured + 8 * (w.view->norm_row + p.geometry.norm_row(group + j));
-        row[0] = float(norm[kBefore]);
-        row[1] = float(norm[kUpdated]);
-        row[2] = float(norm[kUpdated] * factor[j]);
-        row[3] = float(norm[kGrad]);
-        row[4] = float(norm[kUpdate]);
-        row[5] = float(norm[kUpdate] / norm[kBefore]);
-        row[6] = p.projection.rescale ? float(factor[j]) : 1.0f;
-        row[7] = p.projection.shrink ? float(factor[j]) : 1.0f;
+        float* row = call.measured + kMeasured * (w.view->norm_row + p.geometry.norm_row(group + j));
+        write_measured(row, norm, factor[j], p.projection);
       }
     }
   }

@@ -20,25 +20,41 @@ struct Adam {
   enum { kBeta1, kBeta2, kEps, kWeightDecay, kDecoupled };
 
   template <class T>
+  struct Constants {
+    T beta1, one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps, coupled_decay, decoupled_decay;
+  };
+  static Constants<double> constants(const double* h) {
+    const bool decoupled = h[kDecoupled] != 0;
+    return {h[kBeta1],
+            1 - h[kBeta1],
+            std::log(h[kBeta1]),
+            h[kBeta2],
+            1 - h[kBeta2],
+            std::log(h[kBeta2]),
+            h[kEps],
+            decoupled ? 0 : h[kWeightDecay],
+            decoupled ? h[kWeightDecay] : 0};
+  }
+
+  template <class T>
   struct Scalars {
     T coupled_decay, keep, beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
     T step_size, inverse_correction1, inverse_root_correction2;
   };
-
-  static Scalars<double> prepare(const double* h, double lr, double t, bool /*first*/) {
-    const double correction1 = 1 - std::pow(h[kBeta1], t);
-    const double correction2 = 1 - std::pow(h[kBeta2], t);
-    const bool decoupled = h[kDecoupled] != 0;
-    return {decoupled ? 0 : h[kWeightDecay],
-            decoupled ? 1 - lr * h[kWeightDecay] : 1,
-            h[kBeta1],
-            1 - h[kBeta1],
-            h[kBeta2],
-            1 - h[kBeta2],
-            h[kEps],
+  template <class T>
+  static FASTWRS_HD Scalars<T> prepare(const Constants<T>& c, T lr, T t, bool /*first*/) {
+    const T correction1 = one_minus_power(c.beta1, c.log_beta1, t);
+    const T correction2 = one_minus_power(c.beta2, c.log_beta2, t);
+    return {c.coupled_decay,
+            T(1) - lr * c.decoupled_decay,
+            c.beta1,
+            c.one_minus_beta1,
+            c.beta2,
+            c.one_minus_beta2,
+            c.eps,
             lr / correction1,
-            1 / correction1,
-            1 / std::sqrt(correction2)};
+            T(1) / correction1,
+            T(1) / square_root(correction2)};
   }
 
   template <int kSlotCount, class T>

@@ -15,14 +15,24 @@ struct Sgd {
   static constexpr int kMinSlots = 0, kMaxSlots = 1;
   enum { kMomentum, kDampening, kNesterov, kWeightDecay };
 
+  // What follows from the hyperparameters alone, formed on the host in double. h: the rule's own part of the record.
+  template <class T>
+  struct Constants {
+    T momentum, one_minus_dampening, weight_decay, nesterov;
+  };
+  static Constants<double> constants(const double* h) {
+    return {h[kMomentum], 1 - h[kDampening], h[kWeightDecay], h[kNesterov]};
+  }
+
+  // What one step of one tensor needs; on a GPU the kernel forms it, because lr and t may live there. t: this step,
+  // counted from 1.
   template <class T>
   struct Scalars {
     T lr, momentum, one_minus_dampening, weight_decay, nesterov, first;
   };
-
-  // h: the rule's own part of the record, t: this step, counted from 1.
-  static Scalars<double> prepare(const double* h, double lr, double /*t*/, bool first) {
-    return {lr, h[kMomentum], 1 - h[kDampening], h[kWeightDecay], h[kNesterov], first ? 1.0 : 0.0};
+  template <class T>
+  static FASTWRS_HD Scalars<T> prepare(const Constants<T>& c, T lr, T /*t*/, bool first) {
+    return {lr, c.momentum, c.one_minus_dampening, c.weight_decay, c.nesterov, first ? T(1) : T(0)};
   }
 
   // Updates one weight and its states; returns u.
