@@ -255,7 +255,9 @@ TensorStep tensor_step(const StepArgs& a, int64_t i, int64_t record, const std::
   if (row < 0 || row >= rows) fail("groups[", i, "] = ", row, " but there are ", rows, " records");
   const double* h = a.hyper.data() + row * record;
   const Facts step = describe(a.steps[i], "steps", i);
-  if (step.numel != 1 || step.dtype != Dtype::kFloat32) fail("steps[", i, "] must hold one float32");
+  if (step.dims != 0 || step.dtype != Dtype::kFloat32) fail("steps[", i, "] must be a 0-d float32");
+  const float finished = *static_cast<const float*>(step.data);
+  if (!(finished >= 0) || !is_finite(finished)) fail("steps[", i, "] is ", finished, ", not a count");
   if (!(h[kLrTensor] < double(lrs.size()))) fail("lr_tensor ", h[kLrTensor], " but there are ", lrs.size(), " lrs");
   const double lr = h[kLrTensor] < 0 ? h[kLr] : lrs[size_t(h[kLrTensor])];
   return {static_cast<float*>(step.data),
@@ -324,8 +326,7 @@ void step(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
       add_array(view, state);
     }
     if (i == 0) job.dtypes = dtypes;
-    if (!triple_allowed(dtypes))
-      fail("params[", i, "]: dtypes of parameter, gradient and state do not go together");
+    if (!triple_allowed(dtypes)) fail("params[", i, "]: dtypes of parameter, gradient and state do not go together");
     if (dtypes.param != job.dtypes.param || dtypes.grad != job.dtypes.grad || dtypes.state != job.dtypes.state) {
       fail("params[", i, "] and params[0] have different dtypes; one call takes one dtype triple");
     }

@@ -31,7 +31,8 @@ STEP = "step"
 MAX_DIMS = 63
 """The dimensions that an axis can name: a bitmask of them is a signed 64-bit integer."""
 _USUAL = (Tensor, torch.nn.Parameter)
-_grad_of = attrgetter("grad")
+_PLAIN_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
+_grad_of, _ndim_of = attrgetter("grad"), attrgetter("ndim")
 
 
 @dataclass(slots=True)
@@ -66,12 +67,16 @@ class Bundle:
     groups: list[int] = field(default_factory=list)
     axes: list[int] = field(default_factory=list)
     fresh: list[int] = field(default_factory=list)
+    ndims: list[int] = field(default_factory=list)
 
     def gather(self, unscaling: bool = False) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
         """The gradients, states (slot-major) and steps as they are now.
 
-        None if one of them is gone, or if gradients that are to be unscaled begin at the same place.
+        None if one of them is gone, if a parameter has another number of dimensions than its axis was made for, or if
+        gradients that are to be unscaled begin at the same place.
         """
+        if list(map(_ndim_of, self.params)) != self.ndims:
+            return None
         grads = list(map(_grad_of, self.params))
         if not all(map(is_not, grads, repeat(None))) or (unscaling and not _all_apart(grads)):
             return None
@@ -88,6 +93,8 @@ class Plan:
 
     shapes: list[Any]
     """Per param group, the options that shape a plan (see :func:`shape_of`)."""
+    sizes: list[int]
+    """Per param group, the number of its parameters."""
     params: list[Tensor]
     idle: list[Tensor]
     """The parameters without a gradient: they take no part, as long as that is so."""
@@ -101,7 +108,7 @@ class Plan:
         """Whether the same parameters have the same options and the same state dicts as before."""
         return (
             self.shapes == shapes
-            and sum(len(group["params"]) for group in groups) == len(self.params)
+            and [len(group["params"]) for group in groups] == self.sizes
             and all(map(is_, chain.from_iterable(map(itemgetter("params"), groups)), self.params))
             and len(state) == len(self.owners)
             and all(map(is_, state, self.owners))
@@ -153,7 +160,7 @@ def build(
     Raises:
         ValueError, RuntimeError: something is not as it must be; the message names the parameter.
     """
-    plan = Plan([shape_of(rule, group) for group in groups], [], [], [], [])
+    plan = Plan([shape_of(rule, group) for group in groups], [len(g["params"]) for g in groups], [], [], [], [])
     bundles: dict[Any, Bundle] = {}
     written: list[Tensor] = []
     whose: list[tuple[int, int]] = []
@@ -186,6 +193,7 @@ def build(
             bundle.params.append(param)
             bundle.groups.append(g)
             bundle.axes.append(mask)
+            bundle.ndims.append(param.ndim)
             tensors += (param, param.grad) if unscaling else (param,)
             written += tensors
             whose += [(g, i)] * len(tensors)
@@ -262,7 +270,7 @@ def _completed(
         tensor = mine.get(slot)
         if tensor is None:
             # Zeros, not uninitialised memory: a first step that is skipped leaves them as they are.
-            tensor = torch.zeros_like(param, dtype=state_dtype_for(param, state_dtype), requires_grad=False)
+            tensor = torch.zeros_like(plain(param), dtype=state_dtype_for(param, state_dtype), requires_grad=False)
             created.append((param, slot, tensor))
         tensors.append(tensor)
     step = mine.get(STEP)
@@ -336,13 +344,22 @@ def why_not_plain(tensor: Tensor, what: str) -> str | None:
         return f"{what} is complex ({tensor.dtype}); complex tensors are not supported"
     if not tensor.is_floating_point():
         return f"{what} has the integer dtype {tensor.dtype}; only floating-point tensors are supported"
+    if getattr(type(tensor), "__torch_dispatch__", None) is not _PLAIN_DISPATCH:
+        return f"{what} is a {type(tensor).__name__}, which stands for other tensors; only plain ones are supported"
     return _why_not_readable(tensor, what)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor without its class, so that what is made like it has none either."""
+    return tensor if type(tensor) in _USUAL else tensor.detach().as_subclass(Tensor)
 
 
 def _why_not_readable(tensor: Tensor, what: str) -> str | None:
     """Why the memory of a tensor cannot be taken for its elements, or None if it can."""
     if torch.nn.parameter.is_lazy(tensor):
         return None  # it has no shape yet; what else is wrong with it is found elsewhere
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return f"{what} was made in inference mode, and cannot be changed outside of it"
     if tensor._is_zerotensor():
         return f"{what} is a zero tensor without memory (as forward-mode differentiation makes them)"
     if tensor.is_neg():

@@ -80,7 +80,7 @@ MUTANTS = (
     _projection("rescale with lr 0", "p.rescale = lr != 0 &&", "p.rescale ="),
     _projection("a zero norm is scaled", "norm > 0 && is_finite(norm)", "is_finite(norm)"),
     _projection("an infinite norm is scaled", "norm > 0 && is_finite(norm)", "norm > 0"),
-    _projection("an epsilon in the quotient", "T(target) / norm", "T(target) / (norm + T(1e-12))"),
+    _projection("an epsilon in the quotient", "quotient(T(target), norm)", "quotient(T(target), norm + T(1e-12))"),
     _measured("shrink by the norm after", "shrink_factor(before,", "shrink_factor(updated,"),
     # norms
     _bindings(
@@ -129,7 +129,9 @@ MUTANTS = (
     _bindings("lr tensors ignored", "h[kLrTensor] < 0 ? h[kLr] :", "true ? h[kLr] :"),
     _bindings("the first record for all", "row = a.groups[i];", "row = 0;"),
     Mutant("steps stand still", "csrc/cpu/engine.cpp", "*job.steps[i].step = finished[i];", ";"),
-    _measured("another norm is measured", "norm[kUpdate] / norm[kBefore]", "norm[kUpdated] / norm[kBefore]"),
+    _measured(
+        "another norm is measured", "quotient(norm[kUpdate], norm[kBefore])", "quotient(norm[kUpdated], norm[kBefore])"
+    ),
 )
 
 # What tests of values cannot see, and AddressSanitizer does.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastwrs
+from fastwrs import dispatch
 from fastwrs.plan import lacks_memory
 from fastwrs.spec import DTYPE_TRIPLES
 
@@ -408,6 +409,96 @@ def test_memory_that_cannot_be_used_changes_no_byte(
         optimizer.step()
     assert "parameter 'layer1'" in str(caught.value)
     assert everything(optimizer, params) == before
+
+
+def fault_step_infinite(p: Odd, optimizer: Any) -> None:
+    optimizer.state[p]["step"].fill_(float("inf"))
+
+
+def fault_state_inference(p: Odd, optimizer: Any) -> None:
+    with torch.inference_mode():
+        optimizer.state[p]["exp_avg"] = torch.ones(SHAPE, dtype=p.dtype)
+
+
+def fault_state_in_place(p: Odd, optimizer: Any) -> None:
+    """Such that neither the plan nor torch sees it: only the kernels' own checks do."""
+    optimizer.state[p]["exp_avg"].data = torch.ones(2, dtype=p.dtype)
+
+
+def fault_lr_in_place(p: Odd, optimizer: Any) -> None:
+    group = next(group for group in optimizer.param_groups if any(p is other for other in group["params"]))
+    group["lr"].fill_(float("nan"))
+
+
+BUNDLE_FAULTS = [fault_step_infinite, fault_state_in_place, fault_lr_in_place, fault_state_dtype, fault_state_inference]
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("fault", BUNDLE_FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_in_one_of_several_launches_changes_no_byte(
+    fault: Callable[[Odd, Any], None], place: int, backend: str
+) -> None:
+    """Three dtypes make three launches; the fault comes when there is a plan, and is seen in a dry run or before."""
+    if fault is fault_state_inference and backend == "cpu":
+        fault = fault_step_infinite  # to the C++ kernels memory is memory
+    params = [Odd(torch.ones(SHAPE, dtype=dtype)) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
+    optimizer = fastwrs.AdamW([{"params": [p], "lr": torch.tensor(0.1)} for p in params])
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones(SHAPE, dtype=param.dtype)
+        optimizer.step()
+    fault(params[place], optimizer)
+
+    def now() -> Any:
+        states = [{key: raw(value) for key, value in state.items()} for state in optimizer.state.values()]
+        return [raw(param) for param in params], [raw(param.grad) for param in params if param.grad is not None], states
+
+    before = now()
+    for _ in range(2):
+        with pytest.raises((ValueError, RuntimeError)):
+            optimizer.step()
+        assert now() == before
+
+
+@pytest.mark.usefixtures("backend")
+def test_inference_tensors_are_refused_by_name() -> None:
+    with torch.inference_mode():
+        frozen = torch.ones(SHAPE)
+        frozen.grad = torch.ones(SHAPE)
+    good = weight()
+    good.grad = torch.ones(SHAPE)
+    with pytest.raises(RuntimeError, match=r"parameter 'frozen' .* was made in inference mode"):
+        fastwrs.AdamW([("good", good), ("frozen", frozen)]).step()
+    assert torch.equal(good, torch.ones(SHAPE))
+
+
+@pytest.mark.usefixtures("backend")
+def test_tensors_that_stand_for_others_are_refused_by_name() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    double = nn.Parameter(TwoTensor(torch.ones(SHAPE), torch.ones(SHAPE)))
+    double.grad = torch.ones_like(double)
+    with pytest.raises(RuntimeError, match=r"parameter 'double' .* is a TwoTensor, which stands for other tensors"):
+        fastwrs.SGD([("double", double)]).step()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("what", ["lr on another device", "refused by the kernels"])
+def test_a_refused_first_step_leaves_no_states(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    param = weight()
+    param.grad = torch.ones(SHAPE)
+    optimizer = fastwrs.AdamW([param], lr=torch.tensor(0.1, device="meta") if "lr" in what else 0.1)
+    if "kernels" in what:
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise RuntimeError("refused")
+
+        monkeypatch.setattr(dispatch, "launch", refuse)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        optimizer.step()
+    assert not optimizer.state
+    assert torch.equal(param, torch.ones(SHAPE))
 
 
 @pytest.mark.usefixtures("backend")

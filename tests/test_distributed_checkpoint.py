@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -52,12 +53,12 @@ def train(network: nn.Module, optimizer: Any, steps: range) -> None:
         optimizer.step()
 
 
-def through_folder(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+def through_folder(saved: dict[str, Any], wanted: dict[str, Any], folder: Path, planner: Any = None) -> dict[str, Any]:
     """Saves, and loads into what another process has."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         checkpoint.save(saved, checkpoint_id=folder)  # type: ignore[attr-defined]
-        checkpoint.load(wanted, checkpoint_id=folder)  # type: ignore[attr-defined]
+        checkpoint.load(wanted, checkpoint_id=folder, planner=planner)  # type: ignore[attr-defined]
     return wanted
 
 
@@ -77,7 +78,7 @@ def test_resuming_continues_bit_for_bit(
     }
 
     other_network = model(seed=1)
-    other = optimizer_for(other_network, name, {**options, "lr": 0.5}, every=7)
+    other = optimizer_for(other_network, name, {**options, "lr": 0.5}, every=1)
     if medium == "folder":
         # Here the other optimizer makes its states, by a step with lr 0: it moves no weight, and rescales none.
         before = [param.detach().clone() for param in other_network.parameters()]
@@ -99,15 +100,20 @@ def test_resuming_continues_bit_for_bit(
 
 
 @by_rule
-def test_what_torch_saved_loads(name: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("medium", ["memory", "folder"])
+def test_what_torch_saved_loads(name: str, options: dict[str, Any], medium: str, tmp_path: Path) -> None:
     """By name, from an optimizer of torch with one group into ours with one."""
     network = model()
     theirs = getattr(torch.optim, name)(network.parameters(), **options)
     train(network, theirs, range(3))
     other_network = model(seed=1)
-    ours = getattr(fastwrs, name)(other_network.parameters(), rescale=None)
+    ours = getattr(fastwrs, name)(other_network.parameters(), **{**options, "lr": 0.5})
     set_model_state_dict(other_network, get_model_state_dict(network))
-    set_optimizer_state_dict(other_network, ours, get_optimizer_state_dict(network, theirs))
+    saved = get_optimizer_state_dict(network, theirs)
+    if medium == "folder":  # the file lacks rescale, shrink, and SGD's step, which the loader has to be told to accept
+        wanted = get_optimizer_state_dict(other_network, ours)
+        saved = through_folder(saved, wanted, tmp_path, DefaultLoadPlanner(allow_partial_load=True))
+    set_optimizer_state_dict(other_network, ours, saved)
     train(network, theirs, range(3, 6))
     train(other_network, ours, range(3, 6))
     mine, others = dict(other_network.named_parameters()), dict(network.named_parameters())

@@ -59,6 +59,45 @@ def test_f2_any_nonzero_found_inf_skips_parameters_states_and_counters(name: str
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
 
+def of_three_kinds() -> list[nn.Parameter]:
+    """Parameters of three dtypes, so that a step takes three launches."""
+    kinds = (torch.float32, torch.float64, torch.bfloat16, torch.float32)
+    return [nn.Parameter(param.detach().to(kind)) for param, kind in zip(parameters(), kinds, strict=False)]
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_f2_a_skip_and_a_scale_reach_every_launch(name: str) -> None:
+    params, expected = of_three_kinds(), of_three_kinds()
+    optimizer, plain = (getattr(fastwrs, name)(p, lr=0.1) for p in (params, expected))
+    optimizer.found_inf, optimizer.grad_scale = torch.tensor(2.0), torch.tensor(8.0)
+    before, after = run(optimizer, params, range(1), late=0)
+    assert all(map(torch.equal, before, after))
+    assert {state["step"].item() for state in optimizer.state.values()} == {0.0}
+    optimizer.found_inf.zero_()
+    for param, other, grad in zip(params, expected, gradients(params, 1), strict=True):
+        param.grad, other.grad = 8 * grad, grad
+    optimizer.step()
+    plain.step()
+    for param, other in zip(params, expected, strict=True):
+        assert torch.equal(param, other) and torch.equal(param.grad, other.grad)  # type: ignore[arg-type]
+
+
+def test_f2_no_gradient_at_all_is_no_overflow() -> None:
+    """GradScaler then hands over the number 0, in scripts with several optimizers."""
+    one, other = parameters(shapes=((3, 4), (3, 4)))
+    optimizers = [fastwrs.SGD([p], lr=0.1) for p in (one, other)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # type: ignore[attr-defined]
+    start = one.detach().clone()
+    for step in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        scaler.scale(other.sum() + (one.sum() if step else 0)).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+    torch.testing.assert_close(one.detach(), start - 0.2)
+
+
 @pytest.mark.parametrize("first", [1, 4])
 def test_f3_first_steps_are_counted_per_tensor(first: int) -> None:
     results = []
@@ -237,8 +276,8 @@ def test_f15_experts_are_normalised_one_by_one_or_not_at_all() -> None:
 
 
 def test_f16_version_counters_of_everything_that_was_written() -> None:
-    params = parameters()
-    optimizer = fastwrs.Adam(params, amsgrad=True)
+    params = of_three_kinds()
+    optimizer: Any = fastwrs.Adam(params, amsgrad=True)
     run(optimizer, params, range(1), late=0)
     written = [t for param in params for t in (param, *optimizer.state[param].values())]
     before = [tensor._version for tensor in written]

@@ -64,6 +64,36 @@ def test_tensor_hyperparameters_are_read_in_each_step(dtype: torch.dtype) -> Non
     assert_close_to_torch(*results)
 
 
+def test_every_group_has_its_own_tensor_lr() -> None:
+    results = []
+    for module, options in ((fastwrs, {}), (torch.optim, {"foreach": False})):
+        params = parameters()
+        groups = [{"params": params[:2], "lr": torch.tensor(0.3)}, {"params": params[2:], "lr": torch.tensor(0.01)}]
+        results.append(run(module.AdamW([*groups], **options), params, range(5)))
+    assert_close_to_torch(*results)
+
+
+def test_nesterov_with_momentum_taken_to_zero_is_plain_sgd() -> None:
+    results = []
+    for module, options in ((fastwrs, {}), (torch.optim, {"foreach": False})):
+        params = parameters()
+        optimizer = module.SGD(params, lr=0.1, momentum=0.9, nesterov=True, **options)
+        history = run(optimizer, params, range(4))
+        optimizer.param_groups[0]["momentum"] = 0.0
+        results.append(history + run(optimizer, params, range(4, 8)))
+    assert_close_to_torch(*results)
+
+
+def test_a_momentum_buffer_put_in_by_hand_has_had_its_first_step() -> None:
+    (param,) = parameters(shapes=((3, 4),))
+    optimizer = fastwrs.SGD([param], lr=0.1, momentum=0.5, dampening=0.5)
+    optimizer.state[param]["momentum_buffer"] = torch.full((3, 4), 2.0)
+    param.grad = torch.full((3, 4), 4.0)
+    optimizer.step()
+    assert torch.equal(optimizer.state[param]["momentum_buffer"], torch.full((3, 4), 3.0))
+    assert optimizer.state[param]["step"].item() == 2
+
+
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 def test_signature_is_torchs_with_keyword_only_options_behind_it(name: str) -> None:
     ours = list(inspect.signature(getattr(fastwrs, name)).parameters.values())

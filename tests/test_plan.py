@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import NORM_BOUND, norm_deviation
 from torch import nn
 
 import fastwrs
@@ -97,7 +98,16 @@ def add_group(optimizer: Any, params: list[nn.Parameter]) -> None:
     optimizer.add_param_group({"params": [extra]})
 
 
+def move_to_another_group(optimizer: Any, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": [], "lr": 0.7})
+    for param in params:
+        param.grad = torch.ones(3, 4)
+    optimizer.step()
+    optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+
+
 CHANGES = [
+    move_to_another_group,
     drop_a_gradient,
     change_momentum,
     change_rescale,
@@ -133,6 +143,37 @@ def test_a_change_is_seen_and_acted_upon(change: Any, builds: list[Any]) -> None
     for param, twin in zip(params, twins, strict=True):
         assert torch.equal(param, twin)
         assert optimizer.state[param].keys() == other.state[twin].keys()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("axis", ["out", -1, "tensor"])
+def test_data_with_other_dimensions_gets_its_own_axis(axis: Any) -> None:
+    param = nn.Parameter(torch.randn(4, 6))
+    optimizer = fastwrs.SGD([param], lr=0.1, rescale=fastwrs.Rescale(axis=axis))
+    param.grad = torch.randn(4, 6)
+    optimizer.step()
+    param.grad = None
+    param.data = torch.randn(4, 3, 2)
+    param.grad = torch.randn(4, 3, 2)
+    optimizer.step()
+    dims = {"out": (1, 2), -1: (2,), "tensor": (0, 1, 2)}[axis]
+    assert norm_deviation(param.detach(), dims, 1.0) <= NORM_BOUND[torch.float32]
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_group_put_in_by_hand_gets_the_defaults() -> None:
+    results = []
+    for module in (fastwrs, torch.optim):
+        torch.manual_seed(0)
+        one, other = model(2)
+        optimizer = module.SGD([one], lr=0.1, momentum=0.5)
+        optimizer.step()
+        keys = torch.optim.SGD([other], lr=0.3, momentum=0.5).param_groups[0]
+        optimizer.param_groups.append(dict(keys))
+        optimizer.step()
+        results.append((one, other))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.usefixtures("backend")

@@ -238,6 +238,61 @@ def test_adamw_stays_decoupled_whatever_it_loads() -> None:
     assert other.param_groups[0]["lr"] == 0.2
 
 
+def test_muon_is_not_sgd() -> None:
+    weights = [nn.Parameter(torch.randn(5, 4))]
+    saved = torch.optim.Muon(weights).state_dict()
+    optimizer = fastwrs.SGD(weights, lr=0.3, momentum=0.2)
+    with pytest.raises(ValueError, match="has the options of Muon: it is not that of SGD"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["momentum"] == 0.2
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_states_of_lazy_parameters_load() -> None:
+    def lazy() -> nn.Module:
+        torch.manual_seed(4)
+        return nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
+
+    batch = torch.ones(2, 5)
+    model = lazy()
+    model(batch)
+    optimizer = fastwrs.AdamW(model.parameters(), lr=0.1)
+    model(batch).sum().backward()
+    optimizer.step()
+    other = lazy()
+    resumed = fastwrs.AdamW(other.parameters(), lr=0.1)
+    resumed.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(model.state_dict())
+    for network, each in ((model, optimizer), (other, resumed)):
+        each.zero_grad()
+        network(batch).square().sum().backward()
+        each.step()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_a_loaded_dict_stays_apart_from_the_optimizer() -> None:
+    params = parameters()
+    optimizer = fastwrs.AdamW(params, lr=torch.tensor(0.1))
+    steps(optimizer, params, range(1))
+    saved = optimizer.state_dict()
+    other = fastwrs.AdamW(copies(params), lr=torch.tensor(0.5))
+    other.load_state_dict(saved)
+    saved["param_groups"][0]["lr"].fill_(7.0)
+    assert other.param_groups[0]["lr"].item() == pytest.approx(0.1)
+
+
+def test_states_of_a_subclass_are_plain() -> None:
+    class Named(torch.Tensor):
+        pass
+
+    param = torch.ones(3, 4).as_subclass(Named).requires_grad_()
+    param.grad = torch.ones(3, 4)
+    optimizer = fastwrs.SGD([param], lr=0.1, momentum=0.9)
+    optimizer.step()
+    assert type(optimizer.state[param]["momentum_buffer"]) is torch.Tensor
+    assert through_file(optimizer.state_dict())["state"][0]["step"].item() == 1
+
+
 def test_momentum_buffers_that_are_none_count_as_missing() -> None:
     params = parameters()
     optimizer = fastwrs.SGD(params, momentum=0.5)
@@ -304,7 +359,7 @@ def wrong_states() -> dict[str, Any]:
     params = parameters()
     optimizer = torch.optim.NAdam(groups(params))
     steps(optimizer, params, range(1))
-    return optimizer.state_dict()
+    return {**optimizer.state_dict(), "param_groups": torch.optim.Adam(groups(params)).state_dict()["param_groups"]}
 
 
 def ours_with(change: Any) -> dict[str, Any]:
@@ -317,6 +372,47 @@ def ours_with(change: Any) -> dict[str, Any]:
 
 
 REFUSED: list[tuple[str, Any, str]] = [
+    (
+        "RAdam",
+        lambda: torch.optim.RAdam(groups(parameters())).state_dict(),
+        "has the options of RAdam: .* not that of AdamW",
+    ),
+    (
+        "a state that is no dict",
+        lambda: ours_with(lambda saved: saved["state"].update({1: None})),
+        r"params\[1\]\[0\].*must be a dict, got NoneType",
+    ),
+    (
+        "no dict of states",
+        lambda: ours_with(lambda saved: saved.update(state=[])),
+        "'state' of the state dict must be a dict",
+    ),
+    ("no list of groups", lambda: ours_with(lambda saved: saved.update(param_groups=3)), "must be a list, got int"),
+    (
+        "a group that is none",
+        lambda: ours_with(lambda saved: saved.update(param_groups=[None, None])),
+        "param group 0 .* must be a dict",
+    ),
+    (
+        "names",
+        lambda: ours_with(lambda saved: saved["param_groups"][1].update(param_names=["a"])),
+        "2 params and 1 param_names",
+    ),
+    (
+        "a complex step",
+        lambda: ours_with(lambda saved: saved["state"][1].update(step=torch.tensor(1j))),
+        r"params\[1\]\[0\].*its saved step is a torch.complex64",
+    ),
+    (
+        "a complex moment",
+        lambda: ours_with(lambda saved: saved["state"][1].update(exp_avg=torch.ones(4, 3, 2, 2) * 1j)),
+        r"must be a dense tensor of real numbers, got torch.complex64",
+    ),
+    (
+        "a moment on meta",
+        lambda: ours_with(lambda saved: saved["state"][1].update(exp_avg=torch.ones(4, 3, 2, 2, device="meta"))),
+        r"params\[1\]\[0\]",
+    ),
     ("another optimizer", wrong_optimizer, "none of betas, eps, amsgrad.*not that of AdamW"),
     ("states of another optimizer", wrong_states, "AdamW keeps no state 'mu_product'"),
     ("one group less", lambda: fastwrs.AdamW(parameters()).state_dict(), "number of parameter groups: 1, .* has 2"),

@@ -8,9 +8,33 @@
 
 FASTWRS_BEGIN
 
-// Correctly rounded; the host is compiled with -fno-math-errno, so these are single instructions.
+// Roots and quotients. Correctly rounded on the host, which is compiled with -fno-math-errno, so that these are single
+// instructions. On a GPU correct rounding is a subroutine that all registers wait for; there, one Newton step on the
+// approximations leaves an error of less than an ulp, and every special value is what it has to be.
+#ifdef __CUDA_ARCH__
+FASTWRS_HD float square_root(float x) {
+  const bool small = x < 0x1p-96f;  // the approximation takes subnormal numbers for 0
+  const float y = small ? x * 0x1p64f : x;
+  float r;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(y));
+  const float s = y * r;
+  const float root = __fmaf_rn(__fmaf_rn(-s, s, y), 0.5f * r, s);
+  if (y == 0 || y - y != 0) return y < 0 ? root : y;  // 0, infinity, NaN; the root of -infinity is NaN
+  return small ? root * 0x1p-32f : root;
+}
+FASTWRS_HD float quotient(float a, float b) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
+  const float q = a * r;
+  const float better = __fmaf_rn(__fmaf_rn(-b, q, a), r, q);
+  return better != better ? q : better;
+}
+#else
 FASTWRS_HD float square_root(float x) { return sqrtf(x); }
+FASTWRS_HD float quotient(float a, float b) { return a / b; }
+#endif
 FASTWRS_HD double square_root(double x) { return sqrt(x); }
+FASTWRS_HD double quotient(double a, double b) { return a / b; }
 
 FASTWRS_HD float whole(float x) { return floorf(x); }
 FASTWRS_HD double whole(double x) { return floor(x); }

@@ -184,15 +184,15 @@ struct ScalarCache {
   int fill(int rule, const double* rule_record, double lr_, double t_, bool first_) {
     int index = 0, count = 0;
     const bool known = record == rule_record && lr == lr_ && t == t_ && first == first_;
-#define FASTWRS_RULE(Rule)                                                 \
-  if (rule == index++) {                                                   \
-    using Scalars = Rule::Scalars<double>;                                 \
-    static_assert(sizeof(Scalars) <= sizeof(values), "raise kMaxScalars"); \
-    count = int(sizeof(Scalars) / sizeof(double));                         \
-    if (!known) {                                                          \
+#define FASTWRS_RULE(Rule)                                                                  \
+  if (rule == index++) {                                                                    \
+    using Scalars = Rule::Scalars<double>;                                                  \
+    static_assert(sizeof(Scalars) <= sizeof(values), "raise kMaxScalars");                  \
+    count = int(sizeof(Scalars) / sizeof(double));                                          \
+    if (!known) {                                                                           \
       const Scalars scalars = Rule::prepare(Rule::constants(rule_record), lr_, t_, first_); \
-      std::memcpy(values, &scalars, sizeof scalars);                       \
-    }                                                                      \
+      std::memcpy(values, &scalars, sizeof scalars);                                        \
+    }                                                                                       \
   }
     FASTWRS_RULES(FASTWRS_RULE)
 #undef FASTWRS_RULE
@@ -226,8 +226,7 @@ void step_typed(const StepJob& job, const Threads& threads) {
     const int count = scalars.fill(job.rule, s.rule_record, s.lr.value, t, t == 1 || s.fresh);
     leaves().cast_scalars(scalars.values, w.scalars, count, job.dtypes.param);
     if (w.view->reduced != 0) {
-      w.plan.projection =
-          Projection<double>::at(t, s.lr.value, s.every, s.start, s.stop, s.target, s.rate, s.power);
+      w.plan.projection = Projection<double>::at(t, s.lr.value, s.every, s.start, s.stop, s.target, s.rate, s.power);
     }
     const bool measure = job.measured && w.view->norm_row >= 0;
     w.plan.wants[kBefore] = measure || w.plan.projection.shrink;

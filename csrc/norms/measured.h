@@ -25,7 +25,7 @@ FASTWRS_HD void write_measured(float* row, const C* norm, C factor, const Projec
   row[2] = float(norm[kUpdated] * factor);
   row[3] = float(norm[kGrad]);
   row[4] = float(norm[kUpdate]);
-  row[5] = float(norm[kUpdate] / norm[kBefore]);
+  row[5] = float(quotient(norm[kUpdate], norm[kBefore]));
   row[6] = p.rescale ? float(factor) : 1.0f;
   row[7] = p.shrink ? float(factor) : 1.0f;
 }

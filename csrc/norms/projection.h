@@ -33,7 +33,7 @@ struct Projection {
 // target / norm; 1 where the norm is 0 or not finite, so that such a group stays as it is.
 template <class T, class S>
 FASTWRS_HD T rescale_factor(T norm, S target) {
-  return norm > 0 && is_finite(norm) ? T(target) / norm : T(1);
+  return norm > 0 && is_finite(norm) ? quotient(T(target), norm) : T(1);
 }
 
 // max(0, 1 - lr * rate * norm^power), norm being that before the step. A group whose norm is not finite, or 0 (with any

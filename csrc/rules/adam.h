@@ -52,9 +52,9 @@ struct Adam {
             c.beta2,
             c.one_minus_beta2,
             c.eps,
-            lr / correction1,
-            T(1) / correction1,
-            T(1) / square_root(correction2)};
+            quotient(lr, correction1),
+            quotient(T(1), correction1),
+            quotient(T(1), square_root(correction2))};
   }
 
   template <int kSlotCount, class T>
@@ -68,9 +68,9 @@ struct Adam {
     state[1] = v;
     T largest = v;
     if (kSlotCount == 3) state[2] = largest = maximum(state[2], v);
-    const T quotient = m / (square_root(largest) * s.inverse_root_correction2 + s.eps);
-    w = w * s.keep - s.step_size * quotient;
-    return quotient * s.inverse_correction1;
+    const T direction = quotient(m, square_root(largest) * s.inverse_root_correction2 + s.eps);
+    w = w * s.keep - s.step_size * direction;
+    return direction * s.inverse_correction1;
   }
 };
 

@@ -100,6 +100,10 @@ def _check(call: StepCall) -> None:
             raise RuntimeError(f"tensor {i}: shapes differ: {[tuple(t.shape) for t in mine]}")
         if any(t.device != call.params[0].device for t in (*mine, call.steps[i])):
             raise RuntimeError(f"tensor {i}: devices differ: {[str(t.device) for t in (*mine, call.steps[i])]}")
+        if any(t._is_zerotensor() or t.is_neg() for t in mine):
+            raise RuntimeError(f"tensor {i}: a tensor has no memory that is its own, or a negative bit")
+        if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in (*mine, call.steps[i])):
+            raise RuntimeError(f"tensor {i}: a tensor was made in inference mode")
         if any(t.dtype != first.dtype for t, first in zip(mine, _first(call), strict=True)):
             raise RuntimeError(f"tensor {i}: dtypes {[str(t.dtype) for t in mine]} are not those of the first tensor")
         written = (param, *mine[2:]) if call.grad_scale is None else mine
@@ -107,6 +111,8 @@ def _check(call: StepCall) -> None:
             raise RuntimeError(f"tensor {i}: a tensor that is written overlaps itself in memory")
         if call.steps[i].dtype != torch.float32 or call.steps[i].ndim:
             raise RuntimeError(f"tensor {i}: the step must be a 0-d fp32 tensor")
+        if not (bool(call.steps[i] >= 0) and bool(call.steps[i].isfinite())):
+            raise RuntimeError(f"tensor {i}: the step is {float(call.steps[i])}, not a count")
     try:
         dtypes_of(call.params[0], call.grads[0], [*_first(call)[2:], call.steps[0]])
     except ValueError as error:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
@@ -78,7 +79,11 @@ class FusedOptimizer(Optimizer):
         if records is None:
             names = [name for name in self.defaults if name not in ("lr", "foreach", "fused", "capturable")]
             records = self._records = Records(self.rule, self.numbers, names)
-        records.refresh(self.param_groups)
+        try:
+            records.refresh(self.param_groups)
+        except KeyError:  # of a group that was put into the list by hand
+            self._fill_defaults()
+            records.refresh(self.param_groups)
 
         failed, refused = None, None
         if self._plans and not self._plans[0].fits(self.param_groups, records.shapes, self.state):
@@ -95,14 +100,17 @@ class FusedOptimizer(Optimizer):
             failed, self._plans = plan.signature(), ()
             break
 
-        unscaling = getattr(self, "grad_scale", None) is not None
+        unscaling = self._amp()[0] is not None
         plan = build(self.rule, self.param_groups, self.state, self.state_dtype, self._choose, unscaling)
         if refused is not None and plan.signature() == failed:
             raise refused  # nothing has changed that a new plan could see
         plan.install(self.state)
-        launches = self._launches(plan, records)
-        assert launches is not None, "a plan that was just built holds"
-        refused = self._launch(launches)
+        try:
+            launches = self._launches(plan, records)
+            assert launches is not None, "a plan that was just built holds"
+            refused = self._launch(launches)
+        except Exception as error:
+            refused = error
         fresh = any(bundle.fresh for bundle in plan.bundles)
         if refused is not None or (fresh and self._skipped()):
             plan.uninstall(self.state)  # a buffer that starts late is still to be started
@@ -126,12 +134,21 @@ class FusedOptimizer(Optimizer):
         return dispatch.choose(self.backend, device_type, dtypes)
 
     def _skipped(self) -> bool:
-        found_inf = getattr(self, "found_inf", None)
+        found_inf = self._amp()[1]
         return found_inf is not None and bool(found_inf != 0)
+
+    def _amp(self) -> tuple[Tensor | None, Tensor | None]:
+        """What GradScaler has left: the scale and ``found_inf``. The latter is the number 0 if no gradient was seen."""
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is not None and not isinstance(scale, Tensor):
+            scale = torch.tensor(float(scale), dtype=torch.float32)
+        if found_inf is not None and not isinstance(found_inf, Tensor):
+            found_inf = None if found_inf == 0 else torch.tensor(float(found_inf), dtype=torch.float32)
+        return scale, found_inf
 
     def _launches(self, plan: Plan, records: Records) -> Launches | None:
         """One call per bundle with the tensors as they are now; None if the plan is not for them."""
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        grad_scale, found_inf = self._amp()
         launches = []
         for bundle in plan.bundles:
             tensors = bundle.gather(unscaling=grad_scale is not None)
@@ -166,7 +183,7 @@ class FusedOptimizer(Optimizer):
             return error
         for bundle, call in launches[1:]:
             dispatch.launch(bundle.backend, call)
-        found_inf = getattr(self, "found_inf", None)
+        found_inf = self._amp()[1]
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf != 0):
             return None  # skipped: nothing was written. One on a device is not looked at, which would wait for it.
         for _, call in launches:
@@ -233,7 +250,11 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         if checkpoint.options_to_plain not in self._optimizer_state_dict_post_hooks.values():
             self.register_state_dict_post_hook(checkpoint.options_to_plain)
+        self._fill_defaults()
+        self._plans, self._records = (), None
+
+    def _fill_defaults(self) -> None:
+        """Gives every group the options that it lacks."""
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self._plans, self._records = (), None

@@ -5,6 +5,7 @@ Nothing here changes the optimizer. Loading is all or nothing because everything
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastwrs.options import Rescale, Shrink, from_plain, to_plain
-from fastwrs.plan import STEP, incomplete, label, state_dtype_for
+from fastwrs.plan import STEP, incomplete, label, plain, state_dtype_for
 from fastwrs.spec import Rule
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ def converted(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> tuple
     Raises:
         ValueError, TypeError: the dict belongs to another optimizer or other parameters; the message says what differs.
     """
-    if lacking := [key for key in ("state", "param_groups") if key not in state_dict]:
-        raise ValueError(f"the state dict has no {' and no '.join(map(repr, lacking))}")
+    _check_form(state_dict)
     saved_groups = deepcopy(state_dict["param_groups"])
     _check_sizes(optimizer, saved_groups)
 
@@ -87,11 +87,32 @@ def converted(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> tuple
             continue
         group, g, i = places[key]
         param = group["params"][i]
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{label(group, g, i)}: its saved state must be a dict, got {type(values).__name__}")
         try:
             state[param] = _states(optimizer, param, values, by_us[g])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{label(group, g, i)}: {error}") from None
     return groups, state
+
+
+def _check_form(state_dict: Mapping[str, Any]) -> None:
+    """Refuses what is no state dict at all."""
+    if lacking := [key for key in ("state", "param_groups") if key not in state_dict]:
+        raise ValueError(f"the state dict has no {' and no '.join(map(repr, lacking))}")
+    groups, state = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"'state' of the state dict must be a dict, got {type(state).__name__}")
+    if not isinstance(groups, (list, tuple)):
+        raise ValueError(f"'param_groups' of the state dict must be a list, got {type(groups).__name__}")
+    for g, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(f"param group {g} of the state dict must be a dict with a list of 'params'")
+        names = group.get("param_names")
+        if names is not None and len(names) != len(group["params"]):
+            raise ValueError(
+                f"param group {g} of the state dict has {len(group['params'])} params and {len(names)} param_names"
+            )
 
 
 def _check_sizes(optimizer: FusedOptimizer, saved_groups: list[dict[str, Any]]) -> None:
@@ -110,13 +131,35 @@ def _check_sizes(optimizer: FusedOptimizer, saved_groups: list[dict[str, Any]]) 
 
 
 def _check_kind(optimizer: FusedOptimizer, saved: Mapping[str, Any], g: int) -> None:
-    """Refuses the groups of another optimizer: those that share none of the options that are the rule's own."""
+    """Refuses the groups of another optimizer.
+
+    Those that share none of the options that are the rule's own; and those that have all options of another optimizer
+    of torch, if these are more than ours, or just these (RAdam's are a part of Adam's).
+    """
     own = [name for name in optimizer.defaults if name not in (*_SHARED, *dict(_OPTIONS))]
     if not any(name in saved for name in own):
         raise ValueError(
             f"param group {g} of the state dict has none of {', '.join(own)}: it is not that of "
             f"{type(optimizer).__name__}. It has {', '.join(sorted(map(str, saved)))}"
         )
+    there, ours = set(saved) - {"params", "param_names"}, set(optimizer.defaults) - set(dict(_OPTIONS))
+    for name, keys in _keys_of_torch().items():
+        if keys != ours and (there == keys or (keys <= there and not keys <= ours)):
+            raise ValueError(
+                f"param group {g} of the state dict has the options of {name}: it is not that of "
+                f"{type(optimizer).__name__}. It has {', '.join(sorted(map(str, there)))}"
+            )
+
+
+@functools.cache
+def _keys_of_torch() -> dict[str, set[str]]:
+    """What the param groups of every optimizer of torch have beside their parameters."""
+    found = {}
+    for name, kind in vars(torch.optim).items():
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer:
+            (group,) = kind([torch.zeros(1, 1)]).param_groups  # type: ignore[call-arg]
+            found[name] = set(group) - {"params"}
+    return found
 
 
 def _states(optimizer: FusedOptimizer, param: Tensor, values: Mapping[str, Any], by_us: bool) -> dict[str, Any]:
@@ -146,11 +189,14 @@ def _states(optimizer: FusedOptimizer, param: Tensor, values: Mapping[str, Any],
 
 
 def _moment(optimizer: FusedOptimizer, param: Tensor, name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        raise ValueError(f"its saved state {name!r} must be a dense tensor, got {type(value).__name__}")
+    if not isinstance(value, Tensor) or value.layout != torch.strided or not value.is_floating_point():
+        what = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"its saved state {name!r} must be a dense tensor of real numbers, got {what}")
+    if torch.nn.parameter.is_lazy(param):  # it has no shape yet to compare with
+        return value.detach().to(param.device, state_dtype_for(param, optimizer.state_dtype), copy=True)
     if value.shape != param.shape:
         raise ValueError(f"its saved state {name!r} has the shape {tuple(value.shape)}")
-    own = torch.empty_like(param, dtype=state_dtype_for(param, optimizer.state_dtype), requires_grad=False)
+    own = torch.empty_like(plain(param), dtype=state_dtype_for(param, optimizer.state_dtype), requires_grad=False)
     return own.copy_(value.detach())
 
 
@@ -158,6 +204,8 @@ def _count(step: Any) -> float:
     """A saved step count as a number; old dicts have a plain one, newer ones a tensor."""
     if isinstance(step, Tensor) and step.numel() != 1:
         raise ValueError(f"its saved step has the shape {tuple(step.shape)}, not one element")
+    if isinstance(step, Tensor) and (step.is_complex() or step.device.type == "meta"):
+        raise ValueError(f"its saved step is a {step.dtype} tensor on {step.device}, not a count")
     count = float(step)
     if not math.isfinite(count) or count < 0:
         raise ValueError(f"its saved step is {count}, not a count")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -78,13 +77,10 @@ class SGD(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, rescale=rescale, shrink=shrink, state_dtype=state_dtype, backend=backend)
-
-    def numbers(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """As the base class; and Nesterov's form is defined only with momentum and without dampening."""
-        if group["nesterov"] and not (group["momentum"] and group["dampening"] == 0):
+        # Only here, as in torch: a scheduler may take the momentum to 0, and then there is no Nesterov form either.
+        if nesterov and not (momentum and dampening == 0):
             raise ValueError(
                 "Nesterov momentum requires a momentum and zero dampening, got "
-                f"momentum={group['momentum']!r}, dampening={group['dampening']!r}"
+                f"momentum={momentum!r}, dampening={dampening!r}"
             )
-        return super().numbers(group)
+        super().__init__(params, defaults, rescale=rescale, shrink=shrink, state_dtype=state_dtype, backend=backend)

@@ -30,7 +30,7 @@ struct Fake {
 
 fastwrs::cpu::TensorPlan plan_of(const Fake& fake, bool sums) {
   fastwrs::cpu::TensorPlan plan;
-  plan.wants[fastwrs::cpu::kUpdated] = sums;
+  plan.wants[fastwrs::kUpdated] = sums;
   plan.geometry = fastwrs::geometry_of(fake.view, sums);
   plan.cut();
   return plan;
