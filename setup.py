@@ -4,9 +4,13 @@ The extension uses LibTorch's stable ABI and Python's limited API, so one binary
 3.10 and later. Without a C++ compiler (or without torch at build time) the package installs without it, runs on the
 reference backend, and `fastwrs.backends()` says why. Environment:
 
-CXX                 the C++ compiler (default: c++, then g++, then clang++)
-FASTWRS_CPU=0|1     0: never build the extension; 1: fail if it cannot be built (default: build it if possible)
-FASTWRS_SANITIZE=1  build with AddressSanitizer and UndefinedBehaviorSanitizer
+CXX                   the C++ compiler (default: c++, then g++, then clang++)
+FASTWRS_CPU=0|1       0: never build the extension; 1: fail if it cannot be built (default: build it if possible)
+FASTWRS_CUDA=0|1      0: leave the CUDA kernels out; 1: fail if there is no nvcc (default: build them if there is one)
+TORCH_CUDA_ARCH_LIST  the GPUs to build for, as for torch, like "8.0;9.0+PTX" (default: all from 7.5 on). No GPU is
+                      needed, and none is looked at
+FASTWRS_SANITIZE      "address" (with undefined behaviour) or "thread": build with these sanitizers
+FASTWRS_EMULATED=1    for tests: the CUDA kernels, compiled for the CPU behind tests/emulation/, take the CPU's place
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +39,15 @@ ISA_FLAGS = {
 # No contraction, so that every instruction set gives the same bits; no errno and no traps, so that loops vectorise.
 WARNINGS = "-Wall -Wextra -Wno-psabi"  # psabi: vectors are passed between our own functions only
 NUMERIC_FLAGS = "-ffp-contract=off -fno-math-errno -fno-trapping-math"
+CUDA_SOURCES = ("csrc/cuda/plan.cpp", "csrc/cuda/find.cpp")
+KERNELS, LAUNCH, TRIPLES = "csrc/cuda/kernels.cu", "csrc/cuda/launch.cu", 6  # kernels: once per dtype triple
+DEFAULT_ARCHES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
+# No contraction on the GPU either: the emulated kernels are then the same arithmetic.
+NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
+SANITIZERS = {
+    "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    "thread": "-fsanitize=thread",
+}
 TORCH_TARGET = "0x020a000000000000"  # the oldest torch that the binary runs with: 2.10
 
 
@@ -42,6 +56,33 @@ def find_compiler() -> str | None:
         if name and shutil.which(name.split()[0]):
             return name
     return None
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler of CUDA_HOME or of the PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+
+
+def cuda_root(nvcc: str) -> Path:
+    """The toolkit that an nvcc belongs to, as it says itself: the one on the PATH may be a link or a wrapper."""
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False).stderr
+    tops = [line.split("=", 1)[1].strip() for line in said.splitlines() if line.startswith("#$ TOP=")]
+    return Path(tops[0]) if tops else Path(nvcc).resolve().parents[1]
+
+
+def gencodes(arches: str) -> str:
+    """nvcc's flags for a list in the form of TORCH_CUDA_ARCH_LIST."""
+    flags = []
+    for arch in arches.replace(" ", ";").split(";"):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if arch and not match:
+            raise SystemExit(f"fastwrs: TORCH_CUDA_ARCH_LIST has {arch!r}; allowed are numbers like 8.0, 9.0a or 9.0+PTX")
+        if match:
+            number = match[1] + match[2] + match[3]
+            flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
+            flags += [f"-gencode arch=compute_{number},code=compute_{number}"] if match[4] else []
+    return " ".join(flags)
 
 
 def find_torch() -> Path | None:
@@ -56,13 +97,22 @@ def is_x86() -> bool:
 def ninja_file(compiler: str, torch: Path, output: Path) -> str:
     """The text of build.ninja: one object per source, the leaves once per instruction set, one shared library."""
     root = Path(__file__).resolve().parent
+    emulated = os.environ.get("FASTWRS_EMULATED") == "1"
     optimise = "-O3 -g0"
     link = ""
-    if os.environ.get("FASTWRS_SANITIZE") == "1":
-        optimise = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-        link = "-fsanitize=address,undefined"
+    if sanitizer := os.environ.get("FASTWRS_SANITIZE"):
+        optimise = f"-O1 -g {SANITIZERS[sanitizer]} -fno-omit-frame-pointer"
+        link = SANITIZERS[sanitizer]
     includes = f"-isystem {torch / 'include'} -isystem {sysconfig.get_paths()['include']}"
     defines = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}" + (" -DFASTWRS_WITH_X86" if is_x86() else "")
+    nvcc = None if emulated else cuda_compiler()
+    if nvcc or emulated:
+        defines += " -DFASTWRS_WITH_CUDA"
+    if emulated:
+        defines += f" -DFASTWRS_EMULATED -I {root / 'csrc'} -I {root / 'tests' / 'emulation'} -x c++ -Wno-unknown-pragmas"
+        optimise = optimise.replace("-O3", "-O2")
+    if nvcc:
+        link += f" -L{cuda_root(nvcc) / 'lib64'} -lcudart_static -lpthread -lrt -ldl"
     flags = f"-std=c++17 -fPIC -fvisibility=hidden {WARNINGS} {optimise} {NUMERIC_FLAGS} {defines} {includes}"
     lines = [
         "ninja_required_version = 1.3",
@@ -72,7 +122,7 @@ def ninja_file(compiler: str, torch: Path, output: Path) -> str:
         "  deps = gcc",
         "rule link",
         # torch is imported first, so that its library is found by name without a path in the binary
-        f"  command = {compiler} -shared {link} $in -L{torch / 'lib'} -ltorch_cpu -o $out",
+        f"  command = {compiler} -shared $in {link} -L{torch / 'lib'} -ltorch_cpu -o $out",
     ]
     objects = []
     for source in SOURCES:
@@ -81,8 +131,37 @@ def ninja_file(compiler: str, torch: Path, output: Path) -> str:
     for isa, isa_flags in ISA_FLAGS.items() if is_x86() else [("plain", "")]:
         objects.append(f"leaves_{isa}.o")
         lines.append(f"build {objects[-1]}: compile {root / LEAVES}\n  isa = -DFASTWRS_ISA={isa} {isa_flags}")
+    if nvcc or emulated:
+        rule = "compile"
+        if nvcc:
+            arches = gencodes(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHES)
+            rule = "nvcc"
+            lines += [
+                "rule nvcc",
+                f"  command = {nvcc} -ccbin {compiler} -MMD -MF $out.d {NVCC_FLAGS} {arches} $isa -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+            ]
+        for source in (*CUDA_SOURCES, *(["tests/emulation/emulation.cpp"] if emulated else [])):
+            objects.append(f"cuda_{Path(source).stem}.o")
+            lines.append(f"build {objects[-1]}: compile {root / source}")
+        for triple in range(TRIPLES):
+            objects.append(f"kernels_{triple}.o")
+            lines.append(f"build {objects[-1]}: {rule} {root / KERNELS}\n  isa = -DFASTWRS_TRIPLE_INDEX={triple}")
+        if nvcc:
+            objects.append("launch.o")
+            lines.append(f"build {objects[-1]}: nvcc {root / LAUNCH}")
     lines.append(f"build {output.resolve()}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
+
+
+def cuda_compiler() -> str | None:
+    """nvcc if the CUDA kernels are to be built."""
+    wanted = os.environ.get("FASTWRS_CUDA", "auto")
+    nvcc = None if wanted == "0" else find_nvcc()
+    if wanted == "1" and nvcc is None:
+        raise SystemExit("fastwrs: cannot build the CUDA kernels: no nvcc found (set CUDA_HOME)")
+    return nvcc
 
 
 class BuildExtension(build_ext):

@@ -1,205 +1,30 @@
-// Schemas and registration: the only C++ file that knows torch (LibTorch's stable ABI) and Python (the limited API).
+// Schemas and registration: with bindings_tensors.h, the only C++ that knows torch (LibTorch's stable ABI) and Python
+// (the limited API).
 // An op checks all that it was given before it hands plain pointers to the backend, so that an error leaves everything
 // as it was.
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
+#include <dlfcn.h>
 
-#include <algorithm>
 #include <string>
+#include <vector>
 
+#include "bindings_tensors.h"
 #include "cpu/engine.h"
 #include "cpu/leaves.h"
+#include "cuda/launch.h"
 #include "norms/measured.h"
 #include "rules/all.h"
 
 namespace fastwrs {
 namespace {
 
-using torch::stable::detail::from;
-using torch::stable::detail::to;
-
 // The common part of a hyperparameter record; fastwrs/spec.py names the same in the same order.
 enum Common { kLr, kLrTensor, kMaximize, kEvery, kStart, kStop, kTarget, kRate, kPower, kCommon };
 constexpr const char* kCommonNames[] = {"lr",   "lr_tensor", "maximize", "every", "start",
                                         "stop", "target",    "rate",     "power"};
 static_assert(sizeof(kCommonNames) / sizeof(kCommonNames[0]) == kCommon, "names and numbers of the common record");
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  message << "fastwrs: ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-void call(AOTITorchError error) {
-  if (error != AOTI_TORCH_SUCCESS) fail("torch refused to describe a tensor");
-}
-
-// A tensor that is owned here; cheaper than torch::stable::Tensor, which allocates a second time.
-class Handle {
- public:
-  explicit Handle(AtenTensorHandle handle = nullptr) : handle_(handle) {}
-  Handle(Handle&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
-  Handle(const Handle&) = delete;
-  Handle& operator=(const Handle&) = delete;
-  ~Handle() {
-    if (handle_) aoti_torch_delete_tensor_object(handle_);
-  }
-  AtenTensorHandle get() const { return handle_; }
-
- private:
-  AtenTensorHandle handle_;
-};
-
-// Takes what one argument of a boxed call owns, so that nothing leaks where an error is thrown.
-std::vector<Handle> take_tensors(StableIValue value) {
-  StableListHandle list = to<StableListHandle>(value);
-  std::vector<Handle> tensors;
-  size_t size = 0;
-  AOTITorchError error = torch_list_size(list, &size);
-  tensors.reserve(size);
-  for (size_t i = 0; error == AOTI_TORCH_SUCCESS && i < size; ++i) {
-    StableIValue item;
-    error = torch_list_get_item(list, i, &item);
-    if (error == AOTI_TORCH_SUCCESS) tensors.emplace_back(to<AtenTensorHandle>(item));
-  }
-  torch_delete_list(list);
-  call(error);
-  return tensors;
-}
-
-Handle take_optional_tensor(StableIValue value) {
-  auto* inner = to<StableIValue*>(value);
-  if (inner == nullptr) return Handle();
-  Handle tensor(to<AtenTensorHandle>(*inner));
-  delete inner;
-  return tensor;
-}
-
-std::string take_string(StableIValue value) {
-  StringHandle handle = to<StringHandle>(value);
-  size_t length = 0;
-  const char* data = nullptr;
-  torch_string_length(handle, &length);
-  torch_string_c_str(handle, &data);
-  std::string text(data, length);
-  torch_delete_string(handle);
-  return text;
-}
-
-// What a tensor is, as the backend sees it.
-struct Facts {
-  void* data = nullptr;
-  int64_t numel = 0, dims = 0;
-  const int64_t* sizes = nullptr;
-  const int64_t* strides = nullptr;
-  Dtype dtype = Dtype::kFloat32;
-};
-
-bool dtype_of(int32_t code, Dtype& dtype) {
-  if (code == aoti_torch_dtype_float32()) return dtype = Dtype::kFloat32, true;
-  if (code == aoti_torch_dtype_float64()) return dtype = Dtype::kFloat64, true;
-  if (code == aoti_torch_dtype_bfloat16()) return dtype = Dtype::kBFloat16, true;
-  if (code == aoti_torch_dtype_float16()) return dtype = Dtype::kFloat16, true;
-  return false;
-}
-
-// `what` and `index` name the tensor in errors.
-Facts describe(const Handle& tensor, const char* what, int64_t index) {
-  AtenTensorHandle handle = tensor.get();
-  Facts f;
-  int32_t device = 0, layout = 0, dtype = 0;
-  call(aoti_torch_get_device_type(handle, &device));
-  if (device != aoti_torch_device_type_cpu()) fail(what, "[", index, "] must be on the CPU");
-  call(aoti_torch_get_layout(handle, &layout));
-  if (layout != aoti_torch_layout_strided()) fail(what, "[", index, "] must be dense (strided), not sparse");
-  call(aoti_torch_get_dtype(handle, &dtype));
-  if (!dtype_of(dtype, f.dtype)) fail(what, "[", index, "] must be float32, float64, bfloat16 or float16");
-  int64_t *sizes = nullptr, *strides = nullptr;
-  call(aoti_torch_get_dim(handle, &f.dims));
-  call(aoti_torch_get_sizes(handle, &sizes));
-  call(aoti_torch_get_strides(handle, &strides));
-  f.sizes = sizes;
-  f.strides = strides;
-  f.numel = 1;
-  for (int64_t d = 0; d < f.dims; ++d) f.numel *= sizes[d];
-  if (f.dims > 63) fail(what, "[", index, "] has ", f.dims, " dimensions; at most 63 are supported");
-  if (f.numel == 0) return f;
-  call(aoti_torch_get_data_ptr(handle, &f.data));
-  int64_t last = 0, offset = 0, storage = 0;
-  for (int64_t d = 0; d < f.dims; ++d) last += (f.sizes[d] - 1) * f.strides[d];
-  call(aoti_torch_get_storage_offset(handle, &offset));
-  call(aoti_torch_get_storage_size(handle, &storage));
-  if ((offset + last + 1) * size_of(f.dtype) > storage) fail(what, "[", index, "] reaches beyond its storage");
-  return f;
-}
-
-// Whether two indices name one element.
-bool overlaps(const Facts& f) {
-  if (f.numel <= 1) return false;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int64_t d = f.dims - 1; d >= 0; --d) {
-    if (f.sizes[d] == 1) continue;
-    if (f.strides[d] == 0) return true;
-    dims.emplace_back(f.strides[d], f.sizes[d]);
-  }
-  if (!std::is_sorted(dims.begin(), dims.end())) std::sort(dims.begin(), dims.end());
-  int64_t reach = 1;
-  bool nested = true;  // each dimension steps over all that the smaller strides reach: no overlap
-  for (const auto& [stride, size] : dims) {
-    nested = nested && stride >= reach;
-    reach += (size - 1) * stride;
-  }
-  if (nested) return false;
-  // Interleaved strides are rare: look at every element.
-  std::vector<int64_t> places{0};
-  places.reserve(f.numel);
-  for (const auto& [stride, size] : dims) {
-    const size_t inner = places.size();
-    for (int64_t i = 1; i < size; ++i) {
-      for (size_t k = 0; k < inner; ++k) places.push_back(places[k] + i * stride);
-    }
-  }
-  std::sort(places.begin(), places.end());
-  return std::adjacent_find(places.begin(), places.end()) != places.end();
-}
-
-void check_same_shape(const Facts& tensor, const Facts& param, const char* what, int64_t index) {
-  if (tensor.dims != param.dims || !std::equal(param.sizes, param.sizes + param.dims, tensor.sizes)) {
-    fail(what, "[", index, "] has another shape than its parameter");
-  }
-}
-
-// The single number in a tensor.
-double number_in(const Handle& tensor, const char* what, int64_t index = 0) {
-  const Facts f = describe(tensor, what, index);
-  if (f.numel != 1) fail(what, "[", index, "] must hold one number, it holds ", f.numel);
-  if (f.dtype == Dtype::kFloat32) return *static_cast<const float*>(f.data);
-  if (f.dtype == Dtype::kFloat64) return *static_cast<const double*>(f.data);
-  fail(what, "[", index, "] must be float32 or float64");
-}
-
-// The tensor's view for norm groups over the dimensions in `axes`; returns how many groups there are.
-int64_t set_groups(TensorView& view, int64_t axes, int64_t first_row, int64_t index) {
-  view.reduced = axes;
-  if (axes == 0) return 0;
-  if (axes < -1 || (axes > 0 && (axes >> view.dims) != 0)) {
-    fail("axes[", index, "] = ", axes, " names dimensions that params[", index, "] does not have (", view.dims, ")");
-  }
-  view.norm_row = first_row;
-  const int64_t groups = group_count(view);
-  if (groups + first_row > kMaxGroups) fail("tensor ", index, " of the list has too many norm groups");
-  return groups;
-}
-
-void add_array(TensorView& view, const Facts& f) {
-  view.array[view.arrays].data = f.data;
-  view.array[view.arrays++].strides = f.strides;
-}
 
 cpu::Threads torch_threads() {
   cpu::Threads threads;
@@ -210,16 +35,6 @@ cpu::Threads torch_threads() {
     });
   };
   return threads;
-}
-
-// A contiguous buffer of `dtype` with at least the given number of elements.
-void* buffer(const Handle& tensor, const char* what, Dtype dtype, int64_t elements) {
-  const Facts f = describe(tensor, what, 0);
-  bool contiguous = false;
-  call(aoti_torch_is_contiguous(tensor.get(), &contiguous));
-  if (f.dtype != dtype || !contiguous) fail(what, " must be contiguous, of the type that norms are computed in");
-  if (f.numel < elements) fail(what, " must have at least ", elements, " elements, it has ", f.numel);
-  return f.data;
 }
 
 struct StepArgs {
@@ -249,21 +64,26 @@ struct StepArgs {
         dry_run(to<bool>(stack[14])) {}
 };
 
+// Where the numbers are that a step reads, and which kernels it runs.
+enum class Kernels { kCpu, kCuda };
+
 // Fills what the job does to tensor i, apart from the tensor itself.
-TensorStep tensor_step(const StepArgs& a, int64_t i, int64_t record, const std::vector<double>& lrs) {
+TensorStep tensor_step(const StepArgs& a, int64_t i, int64_t record, const std::vector<Number>& lrs, const Place& place,
+                       Kernels kernels) {
   const int64_t rows = int64_t(a.hyper.size()) / record, row = a.groups[i];
   if (row < 0 || row >= rows) fail("groups[", i, "] = ", row, " but there are ", rows, " records");
   const double* h = a.hyper.data() + row * record;
-  const Facts step = describe(a.steps[i], "steps", i);
+  const Facts step = describe(a.steps[i], "steps", i, place);
   if (step.dims != 0 || step.dtype != Dtype::kFloat32) fail("steps[", i, "] must be a 0-d float32");
-  const float finished = *static_cast<const float*>(step.data);
-  if (!(finished >= 0) || !is_finite(finished)) fail("steps[", i, "] is ", finished, ", not a count");
+  if (kernels == Kernels::kCpu) {
+    const float finished = *static_cast<const float*>(step.data);
+    if (!(finished >= 0) || !is_finite(finished)) fail("steps[", i, "] is ", finished, ", not a count");
+  }
   if (!(h[kLrTensor] < double(lrs.size()))) fail("lr_tensor ", h[kLrTensor], " but there are ", lrs.size(), " lrs");
-  const double lr = h[kLrTensor] < 0 ? h[kLr] : lrs[size_t(h[kLrTensor])];
   return {static_cast<float*>(step.data),
           row,
           h + kCommon,
-          {lr},
+          h[kLrTensor] < 0 ? Number{h[kLr]} : lrs[size_t(h[kLrTensor])],
           h[kMaximize] != 0,
           false,
           h[kEvery],
@@ -274,11 +94,9 @@ TensorStep tensor_step(const StepArgs& a, int64_t i, int64_t record, const std::
           h[kPower]};
 }
 
-void step(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
-  if (inputs != 15) fail("fastwrs::step takes 15 arguments, got ", inputs);
-  const StepArgs a(stack);
+// Checks all that was given, and fills the job with it. False if there is nothing to do.
+bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& job) {
   const int64_t n = int64_t(a.params.size());
-  static thread_local StepJob job;  // kept, for a long list costs more to allocate than to fill
   job.clear();
   job.rule = cpu::rule_index(a.rule.c_str());
   if (job.rule < 0) fail("unknown rule \"", a.rule, "\"");
@@ -286,7 +104,7 @@ void step(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
       int64_t(a.axes.size()) != n) {
     fail("grads, steps, groups and axes must have one entry for each of the ", n, " params");
   }
-  if (n == 0) return;
+  if (n == 0) return false;
   const int64_t slots = int64_t(a.states.size()) / n, record = kCommon + cpu::rule_hypers(job.rule);
   if (int64_t(a.states.size()) != slots * n || !cpu::rule_takes_slots(job.rule, slots)) {
     fail("rule \"", a.rule, "\" cannot have ", a.states.size(), " states for ", n, " params");
@@ -296,18 +114,26 @@ void step(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
   }
   job.slots = int(slots);
 
-  std::vector<double> lrs;
-  for (size_t i = 0; i < a.lrs.size(); ++i) lrs.push_back(number_in(a.lrs[i], "lrs", int64_t(i)));
-  if (a.grad_scale.get()) {
+  std::vector<Number> lrs;
+  for (size_t i = 0; i < a.lrs.size(); ++i) {
+    lrs.push_back(kernels == Kernels::kCuda ? number_of(a.lrs[i], "lrs", place, true, int64_t(i))
+                                            : Number{number_in(a.lrs[i], "lrs", int64_t(i))});
+  }
+  if (a.grad_scale.get() && kernels == Kernels::kCuda) job.grad_scale = number_of(a.grad_scale, "grad_scale", place);
+  if (a.grad_scale.get() && kernels == Kernels::kCpu) {
     job.grad_scale.value = number_in(a.grad_scale, "grad_scale");
     if (!(job.grad_scale.value > 0)) fail("grad_scale must be > 0, got ", job.grad_scale.value);
+  }
+  if (a.found_inf.get()) {
+    job.found_inf = kernels == Kernels::kCuda ? number_of(a.found_inf, "found_inf", place)
+                                              : Number{number_in(a.found_inf, "found_inf")};
   }
 
   job.tensors.assign(n, TensorView());
   job.steps.reserve(n);
   int64_t rows = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const Facts param = describe(a.params[i], "params", i), grad = describe(a.grads[i], "grads", i);
+    const Facts param = describe(a.params[i], "params", i, place), grad = describe(a.grads[i], "grads", i, place);
     check_same_shape(grad, param, "grads", i);
     if (overlaps(param)) fail("params[", i, "] overlaps itself in memory");
     if (a.grad_scale.get() && overlaps(grad)) fail("grads[", i, "] overlaps itself in memory and is to be unscaled");
@@ -318,7 +144,7 @@ void step(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
     add_array(view, grad);
     Dtypes dtypes{param.dtype, grad.dtype, param.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32};
     for (int64_t s = 0; s < slots; ++s) {
-      const Facts state = describe(a.states[s * n + i], "states", s * n + i);
+      const Facts state = describe(a.states[s * n + i], "states", s * n + i, place);
       check_same_shape(state, param, "states", s * n + i);
       if (overlaps(state)) fail("states[", s * n + i, "] overlaps itself in memory");
       if (s > 0 && state.dtype != dtypes.state) fail("states of params[", i, "] have different dtypes");
@@ -331,22 +157,82 @@ void step(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
       fail("params[", i, "] and params[0] have different dtypes; one call takes one dtype triple");
     }
     rows += set_groups(view, a.axes[i], rows, i);
-    job.steps.push_back(tensor_step(a, i, record, lrs));
+    job.steps.push_back(tensor_step(a, i, record, lrs, place, kernels));
   }
   for (const int64_t i : a.fresh) {
     if (i < 0 || i >= n) fail("fresh names params[", i, "] but there are ", n);
     job.steps[i].fresh = true;
   }
   if (a.measured.get()) {
-    job.measured = static_cast<float*>(buffer(a.measured, "measured", Dtype::kFloat32, rows * kMeasured));
+    job.measured = static_cast<float*>(buffer(a.measured, "measured", Dtype::kFloat32, rows * kMeasured, place));
   }
   if (a.workspace.get()) {
-    job.workspace = buffer(a.workspace, "workspace", Dtype::kFloat32, 0);
-    job.workspace_bytes = 4 * describe(a.workspace, "workspace", 0).numel;
+    job.workspace = buffer(a.workspace, "workspace", Dtype::kFloat32, 0, place);
+    job.workspace_bytes = 4 * describe(a.workspace, "workspace", 0, place).numel;
   }
-  const bool skipped = a.found_inf.get() && number_in(a.found_inf, "found_inf") != 0;
-  if (a.dry_run || skipped) return;
+  return true;
+}
+
+// Kept, for a long list costs more to allocate than to fill.
+StepJob& job_to_fill() {
+  static thread_local StepJob job;
+  return job;
+}
+
+[[maybe_unused]] void step_on_cpu(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
+  if (inputs != 15) fail("fastwrs::step takes 15 arguments, got ", inputs);
+  const StepArgs a(stack);
+  StepJob& job = job_to_fill();
+  if (!fill_job(a, Place::cpu(), Kernels::kCpu, job) || a.dry_run || job.found_inf.value != 0) return;
   cpu::step(job, torch_threads());
+}
+
+#ifdef FASTWRS_WITH_CUDA
+// The stream that torch's work goes to now. Looked up by name, so that the library loads beside a torch without CUDA.
+void* current_stream(const Place& place) {
+#ifdef FASTWRS_EMULATED
+  (void)place;
+  return nullptr;
+#else
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  if (!get) fail("this torch was built without CUDA");
+  void* stream = nullptr;
+  call(get(place.index, &stream));
+  return stream;
+#endif
+}
+
+void step_on_cuda(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
+  if (inputs != 15) fail("fastwrs::step takes 15 arguments, got ", inputs);
+  const StepArgs a(stack);
+  const Place place = a.params.empty() ? Place::cpu() : Place::of(a.params[0]);
+  StepJob& job = job_to_fill();
+  if (!fill_job(a, place, Kernels::kCuda, job)) return;
+  if (a.dry_run) return cuda::check(job, place.index);
+  cuda::step(job, place.index, current_stream(place));
+}
+
+void step_workspace(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
+  if (inputs != 15) fail("fastwrs::step_workspace takes 15 arguments, got ", inputs);
+  int64_t bytes = 0;
+  {
+    const StepArgs a(stack);
+    const Place place = a.params.empty() ? Place::cpu() : Place::of(a.params[0]);
+    StepJob& job = job_to_fill();
+    if (fill_job(a, place, Kernels::kCuda, job)) bytes = cuda::workspace_bytes(job, place.index);
+  }
+  stack[0] = from(bytes);
+}
+#endif
+
+// Why the CUDA kernels cannot run; empty if they can.
+void cuda_why_not(StableIValue* stack, uint64_t, uint64_t) {
+#ifdef FASTWRS_WITH_CUDA
+  stack[0] = from(cuda::why_not());
+#else
+  stack[0] = from(std::string("fastwrs was built without CUDA: there was no nvcc"));
+#endif
 }
 
 // The views of a list of tensors of one dtype with norm groups.
@@ -426,6 +312,11 @@ STABLE_TORCH_LIBRARY(fastwrs, m) {
       "int[] groups, int[] axes, int[] fresh, Tensor[] lrs, Tensor? grad_scale, Tensor? found_inf, Tensor(e!)? "
       "measured, "
       "Tensor(f!)? workspace, bool dry_run=False) -> ()");
+  m.def(
+      "step_workspace(str rule, Tensor[] params, Tensor[] grads, Tensor[] states, Tensor[] steps, float[] hyper, int[] "
+      "groups, int[] axes, int[] fresh, Tensor[] lrs, Tensor? grad_scale, Tensor? found_inf, Tensor? measured, Tensor? "
+      "workspace, bool dry_run=False) -> int");
+  m.def("cuda_why_not() -> str");
   m.def("rescale_(Tensor(a!)[] tensors, int[] axes, float target) -> ()");
   m.def("channel_norms(Tensor[] tensors, int[] axes, Tensor(a!) out) -> ()");
   m.def("rules() -> str");
@@ -433,12 +324,25 @@ STABLE_TORCH_LIBRARY(fastwrs, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastwrs, CPU, m) {
-  m.impl("step", &fastwrs::step);
+#ifdef FASTWRS_EMULATED
+  m.impl("step", &fastwrs::step_on_cuda);
+  m.impl("step_workspace", &fastwrs::step_workspace);
+#else
+  m.impl("step", &fastwrs::step_on_cpu);
+#endif
   m.impl("rescale_", &fastwrs::rescale);
   m.impl("channel_norms", &fastwrs::channel_norms);
 }
 
+#if defined(FASTWRS_WITH_CUDA) && !defined(FASTWRS_EMULATED)
+STABLE_TORCH_LIBRARY_IMPL(fastwrs, CUDA, m) {
+  m.impl("step", &fastwrs::step_on_cuda);
+  m.impl("step_workspace", &fastwrs::step_workspace);
+}
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(fastwrs, CompositeExplicitAutograd, m) {
+  m.impl("cuda_why_not", &fastwrs::cuda_why_not);
   m.impl("rules", &fastwrs::rules);
   m.impl("cpu_isa", &fastwrs::cpu_isa);
 }

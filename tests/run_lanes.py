@@ -74,7 +74,7 @@ def sanitizers() -> int:
     failed = call(
         *(sys.executable, "setup.py", "-q", "build_py", "--build-lib", SANITIZED / "lib"),
         *("build_ext", "--build-lib", SANITIZED / "lib", "--build-temp", SANITIZED / "objects"),
-        FASTWRS_SANITIZE="1",
+        FASTWRS_SANITIZE="address", FASTWRS_CUDA="0",
         FASTWRS_CPU="1",
     )
     if failed:

@@ -17,7 +17,7 @@ from mutants import MUTANTS, OUT_OF_BOUNDS, PASSED, Mutant
 
 pytestmark = pytest.mark.negative_control
 UNBROKEN = Mutant("unbroken", "", "", "")
-SANITIZE = {"FASTWRS_SANITIZE": "1"}
+SANITIZE = {"FASTWRS_SANITIZE": "address"}
 
 
 class Control:

@@ -1,0 +1,237 @@
+// Tensors as LibTorch's stable C interface hands them over: owned handles, what is known of a tensor, and the checks
+// that every op makes. Included by bindings.cpp alone.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/job.h"
+
+namespace fastwrs {
+namespace {
+
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  message << "fastwrs: ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+void call(AOTITorchError error) {
+  if (error != AOTI_TORCH_SUCCESS) fail("torch refused to describe a tensor");
+}
+
+// A tensor that is owned here; cheaper than torch::stable::Tensor, which allocates a second time.
+class Handle {
+ public:
+  explicit Handle(AtenTensorHandle handle = nullptr) : handle_(handle) {}
+  Handle(Handle&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  Handle(const Handle&) = delete;
+  Handle& operator=(const Handle&) = delete;
+  ~Handle() {
+    if (handle_) aoti_torch_delete_tensor_object(handle_);
+  }
+  AtenTensorHandle get() const { return handle_; }
+
+ private:
+  AtenTensorHandle handle_;
+};
+
+// Takes what one argument of a boxed call owns, so that nothing leaks where an error is thrown.
+std::vector<Handle> take_tensors(StableIValue value) {
+  StableListHandle list = to<StableListHandle>(value);
+  std::vector<Handle> tensors;
+  size_t size = 0;
+  AOTITorchError error = torch_list_size(list, &size);
+  tensors.reserve(size);
+  for (size_t i = 0; error == AOTI_TORCH_SUCCESS && i < size; ++i) {
+    StableIValue item;
+    error = torch_list_get_item(list, i, &item);
+    if (error == AOTI_TORCH_SUCCESS) tensors.emplace_back(to<AtenTensorHandle>(item));
+  }
+  torch_delete_list(list);
+  call(error);
+  return tensors;
+}
+
+Handle take_optional_tensor(StableIValue value) {
+  auto* inner = to<StableIValue*>(value);
+  if (inner == nullptr) return Handle();
+  Handle tensor(to<AtenTensorHandle>(*inner));
+  delete inner;
+  return tensor;
+}
+
+std::string take_string(StableIValue value) {
+  StringHandle handle = to<StringHandle>(value);
+  size_t length = 0;
+  const char* data = nullptr;
+  torch_string_length(handle, &length);
+  torch_string_c_str(handle, &data);
+  std::string text(data, length);
+  torch_delete_string(handle);
+  return text;
+}
+
+// What a tensor is, as the backend sees it.
+struct Facts {
+  void* data = nullptr;
+  int64_t numel = 0, dims = 0;
+  const int64_t* sizes = nullptr;
+  const int64_t* strides = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+};
+
+bool dtype_of(int32_t code, Dtype& dtype) {
+  if (code == aoti_torch_dtype_float32()) return dtype = Dtype::kFloat32, true;
+  if (code == aoti_torch_dtype_float64()) return dtype = Dtype::kFloat64, true;
+  if (code == aoti_torch_dtype_bfloat16()) return dtype = Dtype::kBFloat16, true;
+  if (code == aoti_torch_dtype_float16()) return dtype = Dtype::kFloat16, true;
+  return false;
+}
+
+// Where all tensors of a call are.
+struct Place {
+  int32_t type, index;
+
+  static Place cpu() { return {aoti_torch_device_type_cpu(), 0}; }
+  static Place of(const Handle& tensor) {
+    Place place{};
+    call(aoti_torch_get_device_type(tensor.get(), &place.type));
+    call(aoti_torch_get_device_index(tensor.get(), &place.index));
+    return place;
+  }
+};
+
+// `what` and `index` name the tensor in errors.
+Facts describe(const Handle& tensor, const char* what, int64_t index, const Place& place = Place::cpu()) {
+  AtenTensorHandle handle = tensor.get();
+  Facts f;
+  int32_t layout = 0, dtype = 0;
+  const Place found = Place::of(tensor);
+  if (found.type != place.type) {
+    fail(what, "[", index, "] must be on ",
+         place.type == Place::cpu().type ? "the CPU" : "the device of the parameters");
+  }
+  if (place.type != Place::cpu().type && found.index != place.index) {
+    fail(what, "[", index, "] must be on device ", place.index, ", it is on ", found.index);
+  }
+  call(aoti_torch_get_layout(handle, &layout));
+  if (layout != aoti_torch_layout_strided()) fail(what, "[", index, "] must be dense (strided), not sparse");
+  call(aoti_torch_get_dtype(handle, &dtype));
+  if (!dtype_of(dtype, f.dtype)) fail(what, "[", index, "] must be float32, float64, bfloat16 or float16");
+  int64_t *sizes = nullptr, *strides = nullptr;
+  call(aoti_torch_get_dim(handle, &f.dims));
+  call(aoti_torch_get_sizes(handle, &sizes));
+  call(aoti_torch_get_strides(handle, &strides));
+  f.sizes = sizes;
+  f.strides = strides;
+  f.numel = 1;
+  for (int64_t d = 0; d < f.dims; ++d) f.numel *= sizes[d];
+  if (f.dims > 63) fail(what, "[", index, "] has ", f.dims, " dimensions; at most 63 are supported");
+  if (f.numel == 0) return f;
+  call(aoti_torch_get_data_ptr(handle, &f.data));
+  int64_t last = 0, offset = 0, storage = 0;
+  for (int64_t d = 0; d < f.dims; ++d) last += (f.sizes[d] - 1) * f.strides[d];
+  call(aoti_torch_get_storage_offset(handle, &offset));
+  call(aoti_torch_get_storage_size(handle, &storage));
+  if ((offset + last + 1) * size_of(f.dtype) > storage) fail(what, "[", index, "] reaches beyond its storage");
+  return f;
+}
+
+// Whether two indices name one element.
+bool overlaps(const Facts& f) {
+  if (f.numel <= 1) return false;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = f.dims - 1; d >= 0; --d) {
+    if (f.sizes[d] == 1) continue;
+    if (f.strides[d] == 0) return true;
+    dims.emplace_back(f.strides[d], f.sizes[d]);
+  }
+  if (!std::is_sorted(dims.begin(), dims.end())) std::sort(dims.begin(), dims.end());
+  int64_t reach = 1;
+  bool nested = true;  // each dimension steps over all that the smaller strides reach: no overlap
+  for (const auto& [stride, size] : dims) {
+    nested = nested && stride >= reach;
+    reach += (size - 1) * stride;
+  }
+  if (nested) return false;
+  // Interleaved strides are rare: look at every element.
+  std::vector<int64_t> places{0};
+  places.reserve(f.numel);
+  for (const auto& [stride, size] : dims) {
+    const size_t inner = places.size();
+    for (int64_t i = 1; i < size; ++i) {
+      for (size_t k = 0; k < inner; ++k) places.push_back(places[k] + i * stride);
+    }
+  }
+  std::sort(places.begin(), places.end());
+  return std::adjacent_find(places.begin(), places.end()) != places.end();
+}
+
+void check_same_shape(const Facts& tensor, const Facts& param, const char* what, int64_t index) {
+  if (tensor.dims != param.dims || !std::equal(param.sizes, param.sizes + param.dims, tensor.sizes)) {
+    fail(what, "[", index, "] has another shape than its parameter");
+  }
+}
+
+// The single number in a tensor.
+double number_in(const Handle& tensor, const char* what, int64_t index = 0) {
+  const Facts f = describe(tensor, what, index);
+  if (f.numel != 1) fail(what, "[", index, "] must hold one number, it holds ", f.numel);
+  if (f.dtype == Dtype::kFloat32) return *static_cast<const float*>(f.data);
+  if (f.dtype == Dtype::kFloat64) return *static_cast<const double*>(f.data);
+  fail(what, "[", index, "] must be float32 or float64");
+}
+
+// The same for a tensor that kernels will read, wherever it is.
+Number number_of(const Handle& tensor, const char* what, const Place& place, bool may_be_double = false,
+                 int64_t index = 0) {
+  const Facts f = describe(tensor, what, index, place);
+  if (f.numel != 1) fail(what, "[", index, "] must hold one number, it holds ", f.numel);
+  if (f.dtype != Dtype::kFloat32 && !(may_be_double && f.dtype == Dtype::kFloat64)) {
+    fail(what, "[", index, "] must be float32", may_be_double ? " or float64" : "");
+  }
+  return {0, f.data, f.dtype};
+}
+
+// The tensor's view for norm groups over the dimensions in `axes`; returns how many groups there are.
+int64_t set_groups(TensorView& view, int64_t axes, int64_t first_row, int64_t index) {
+  view.reduced = axes;
+  if (axes == 0) return 0;
+  if (axes < -1 || (axes > 0 && (axes >> view.dims) != 0)) {
+    fail("axes[", index, "] = ", axes, " names dimensions that params[", index, "] does not have (", view.dims, ")");
+  }
+  view.norm_row = first_row;
+  const int64_t groups = group_count(view);
+  if (groups + first_row > kMaxGroups) fail("tensor ", index, " of the list has too many norm groups");
+  return groups;
+}
+
+void add_array(TensorView& view, const Facts& f) {
+  view.array[view.arrays].data = f.data;
+  view.array[view.arrays++].strides = f.strides;
+}
+
+// A contiguous buffer of `dtype` with at least the given number of elements.
+void* buffer(const Handle& tensor, const char* what, Dtype dtype, int64_t elements, const Place& place = Place::cpu()) {
+  const Facts f = describe(tensor, what, 0, place);
+  bool contiguous = false;
+  call(aoti_torch_is_contiguous(tensor.get(), &contiguous));
+  if (f.dtype != dtype || !contiguous) fail(what, " must be contiguous, of the type that norms are computed in");
+  if (f.numel < elements) fail(what, " must have at least ", elements, " elements, it has ", f.numel);
+  return f.data;
+}
+
+}  // namespace
+}  // namespace fastwrs

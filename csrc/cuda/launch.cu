@@ -1,0 +1,116 @@
+// Launches on a real device, through a CUDA runtime of our own (linked statically): it shares the context with torch,
+// and one binary serves several builds of it.
+#include "launch.h"
+
+#include <cuda_runtime.h>
+
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "plan.h"
+
+namespace fastwrs::cuda {
+namespace {
+
+constexpr int kLeastDriver = 12010;  // takes kernel parameters of 32,764 bytes
+
+void check(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is reported here and not once more by somebody else
+  throw std::runtime_error("fastwrs: " + what + ": " + cudaGetErrorString(error));
+}
+
+// Makes a device current, and the one before it again.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : device_(device) {
+    check(cudaGetDevice(&before_), "cannot ask for the current device");
+    if (before_ != device_) check(cudaSetDevice(device_), "cannot use device " + std::to_string(device_));
+  }
+  ~DeviceGuard() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
+
+ private:
+  int device_, before_ = 0;
+};
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cannot ask device " + std::to_string(device));
+  return value;
+}
+
+std::string name_of(const Launch& launch, const Kernel& kernel) {
+  static const char* const kNames[] = {"float32", "float64", "bfloat16", "float16"};
+  const Dtypes& d = launch.key.dtypes;
+  return kernel.name + " for (" + kNames[int(d.param)] + ", " + kNames[int(d.grad)] + ", " + kNames[int(d.state)] +
+         ")" + (launch.key.walk ? ", strided" : "") + ", " + std::to_string(launch.blocks) + " blocks of " +
+         std::to_string(launch.threads) + " threads, " + std::to_string(launch.shared_bytes) +
+         " bytes of shared memory";
+}
+
+}  // namespace
+
+std::string why_not() {
+  int driver = 0, devices = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "there is no CUDA driver";
+  const std::string version = std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10);
+  if (driver < kLeastDriver) return "the CUDA driver is too old: " + version + ", 12.1 is the first that will do";
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return std::string("CUDA finds no device: ") + cudaGetErrorString(error) + " (driver " + version + ")";
+  }
+  if (devices == 0) return "there is no CUDA device";
+  for (int device = 0; device < devices; ++device) {
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    cudaFuncAttributes attributes;
+    const Kernel any = find_kernel({Phase::kProject, 0, 0, {Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32}, false});
+    int before = 0;
+    if (cudaGetDevice(&before) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return "a device cannot be used";
+    const cudaError_t usable = cudaFuncGetAttributes(&attributes, any.function);
+    cudaSetDevice(before);
+    if (usable != cudaSuccess) {
+      cudaGetLastError();
+      return "it was not built for device " + std::to_string(device) + " (compute capability " + std::to_string(major) +
+             "." + std::to_string(minor) + "): " + cudaGetErrorString(usable);
+    }
+  }
+  return "";
+}
+
+Limits limits_of(int device) {
+  static std::mutex mutex;
+  static std::vector<Limits> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (int(known.size()) <= device) known.resize(device + 1, Limits{0, 0});
+  Limits& limits = known[device];
+  if (limits.shared_per_block == 0) {
+    limits.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    limits.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  return limits;
+}
+
+void begin(const StepJob&) {}
+
+void run(const Launch& launch, int device, void* stream) {
+  const DeviceGuard guard(device);
+  const Kernel kernel = find_kernel(launch.key);
+  constexpr uint32_t kGranted = 48 * 1024;  // what every kernel may have without asking
+  if (launch.shared_bytes > kGranted) {
+    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(launch.shared_bytes)),
+          "no shared memory for " + name_of(launch, kernel));
+  }
+  void* arguments[] = {const_cast<char*>(launch.params)};
+  check(cudaLaunchKernel(kernel.function, dim3(launch.blocks), dim3(launch.threads), arguments, launch.shared_bytes,
+                         static_cast<cudaStream_t>(stream)),
+        "cannot launch " + name_of(launch, kernel));
+}
+
+}  // namespace fastwrs::cuda
