@@ -213,16 +213,18 @@ void step_on_cuda(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
   cuda::step(job, place.index, current_stream(place));
 }
 
-void step_workspace(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
-  if (inputs != 15) fail("fastwrs::step_workspace takes 15 arguments, got ", inputs);
-  int64_t bytes = 0;
+// What a step needs and does: bytes of zeroed workspace, and launches.
+void step_plan(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
+  if (inputs != 15) fail("fastwrs::step_plan takes 15 arguments, got ", inputs);
+  cuda::Needs needs;
   {
     const StepArgs a(stack);
     const Place place = a.params.empty() ? Place::cpu() : Place::of(a.params[0]);
     StepJob& job = job_to_fill();
-    if (fill_job(a, place, Kernels::kCuda, job)) bytes = cuda::workspace_bytes(job, place.index);
+    if (fill_job(a, place, Kernels::kCuda, job)) needs = cuda::needs(job, place.index);
   }
-  stack[0] = from(bytes);
+  stack[0] = from(needs.workspace_bytes);
+  stack[1] = from(needs.launches);
 }
 #endif
 
@@ -313,9 +315,9 @@ STABLE_TORCH_LIBRARY(fastwrs, m) {
       "measured, "
       "Tensor(f!)? workspace, bool dry_run=False) -> ()");
   m.def(
-      "step_workspace(str rule, Tensor[] params, Tensor[] grads, Tensor[] states, Tensor[] steps, float[] hyper, int[] "
+      "step_plan(str rule, Tensor[] params, Tensor[] grads, Tensor[] states, Tensor[] steps, float[] hyper, int[] "
       "groups, int[] axes, int[] fresh, Tensor[] lrs, Tensor? grad_scale, Tensor? found_inf, Tensor? measured, Tensor? "
-      "workspace, bool dry_run=False) -> int");
+      "workspace, bool dry_run=False) -> (int, int)");
   m.def("cuda_why_not() -> str");
   m.def("rescale_(Tensor(a!)[] tensors, int[] axes, float target) -> ()");
   m.def("channel_norms(Tensor[] tensors, int[] axes, Tensor(a!) out) -> ()");
@@ -326,7 +328,7 @@ STABLE_TORCH_LIBRARY(fastwrs, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastwrs, CPU, m) {
 #ifdef FASTWRS_EMULATED
   m.impl("step", &fastwrs::step_on_cuda);
-  m.impl("step_workspace", &fastwrs::step_workspace);
+  m.impl("step_plan", &fastwrs::step_plan);
 #else
   m.impl("step", &fastwrs::step_on_cpu);
 #endif
@@ -337,7 +339,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastwrs, CPU, m) {
 #if defined(FASTWRS_WITH_CUDA) && !defined(FASTWRS_EMULATED)
 STABLE_TORCH_LIBRARY_IMPL(fastwrs, CUDA, m) {
   m.impl("step", &fastwrs::step_on_cuda);
-  m.impl("step_workspace", &fastwrs::step_workspace);
+  m.impl("step_plan", &fastwrs::step_plan);
 }
 #endif
 

@@ -12,7 +12,7 @@ from typing import Protocol, cast
 from torch import Tensor
 
 # Imported here and at once, so that the name `fastwrs.backends` is free for the function of the public API afterwards.
-from fastwrs.backends import cpu, reference
+from fastwrs.backends import cpu, cuda, reference
 from fastwrs.plan import StepCall, Triple
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -43,7 +43,7 @@ class Backend(Protocol):
         ...
 
 
-_MODULES = {name: cast(Backend, module) for name, module in (("cpu", cpu), ("reference", reference))}
+_MODULES = {name: cast(Backend, module) for name, module in (("cuda", cuda), ("cpu", cpu), ("reference", reference))}
 
 
 def why_not(name: str, device_type: str | None = None, dtypes: Triple | None = None) -> str | None:
@@ -55,6 +55,16 @@ def why_not(name: str, device_type: str | None = None, dtypes: Triple | None = N
 def backends() -> dict[str, str | None]:
     """All backends by name, with None if they can run here, or the reason why they cannot."""
     return {name: why_not(name) for name in BACKENDS}
+
+
+def check(name: str) -> None:
+    """Refuses an unknown backend, and one that was asked for and cannot run.
+
+    ``"auto"`` is not looked into before there are tensors: asking for a GPU starts the driver, and a process that has
+    done so cannot fork workers that use one.
+    """
+    if name != "auto" or os.environ.get(ENVIRONMENT):
+        choose(name)
 
 
 def choose(name: str = "auto", device_type: str | None = None, dtypes: Triple | None = None) -> Backend:

@@ -12,7 +12,7 @@ import functools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import chain, repeat
 from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any
@@ -54,6 +54,13 @@ class StepCall:
     measured: Tensor | None = None
     workspace: Tensor | None = None
 
+    def arguments(self) -> tuple[object, ...]:
+        """In the order of the op, which is that of the fields."""
+        return _all_fields(self)
+
+
+_all_fields = attrgetter(*(field.name for field in fields(StepCall)))
+
 
 @dataclass(slots=True)
 class Bundle:
@@ -68,6 +75,8 @@ class Bundle:
     axes: list[int] = field(default_factory=list)
     fresh: list[int] = field(default_factory=list)
     ndims: list[int] = field(default_factory=list)
+    workspace: Tensor | None = None
+    """What the backend has allocated for its launches, kept from step to step."""
 
     def gather(self, unscaling: bool = False) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
         """The gradients, states (slot-major) and steps as they are now.

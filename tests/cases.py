@@ -14,12 +14,12 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+from calls import LAYOUTS, Call, group_count, one_thread, place
 from torch import Tensor
 
 from fastwrs.spec import MEASURED, NO_STOP, RULES
@@ -27,7 +27,6 @@ from fastwrs.spec import MEASURED, NO_STOP, RULES
 Axis = str | tuple[int, ...] | None
 Dims = tuple[int, ...]
 Card = TypeVar("Card")
-GUARD = 64  # poisoned elements on both sides of a tensor, a multiple of 16 bytes in every dtype
 
 
 @dataclass(frozen=True)
@@ -159,15 +158,6 @@ DTYPES = (
 )
 SHORT = {"float32": "s", "float64": "d", "bfloat16": "b", "float16": "h"}
 
-LAYOUTS = {
-    "c": "contiguous",
-    "cl": "channels_last (4-D, 5-D)",
-    "tr": "dimensions stored in reverse order",
-    "gap": "a slice of a tensor with 3 more elements in the last dimension",
-    "two": "every second element",
-    "off": "contiguous, 1 element off a 16-byte boundary",
-    "odd": "contiguous, dimensions of size 1 with odd strides",
-}
 DATA = {
     "plain": "magnitudes within a few binades, so that a difference in rounding stays of the size of rounding",
     "sparse": "a third of the elements zero in param, grad and states",
@@ -198,134 +188,7 @@ def mask_of(axis: Axis, ndim: int) -> int:
     return -1 if axis == "tensor" else sum(1 << dim for dim in dims_of(axis, ndim) or ())
 
 
-@dataclass
-class Call:
-    """The arguments of the step op, in order, and what a test needs beside them."""
-
-    rule: str
-    params: list[Tensor]
-    grads: list[Tensor]
-    states: list[Tensor]
-    steps: list[Tensor]
-    hyper: list[float]
-    groups: list[int]
-    axes: list[int]
-    fresh: list[int]
-    lrs: list[Tensor]
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-    measured: Tensor | None
-    workspace: Tensor | None = None
-    case: Case = field(kw_only=True)
-    buffers: list[tuple[Tensor, Tensor]] = field(kw_only=True)
-    """(storage as a 1-D tensor, the tensor in it) for all of params, grads and states."""
-
-    def args(self) -> tuple[object, ...]:
-        """What ``torch.ops.fastwrs.step`` takes."""
-        names = ("rule", "params", "grads", "states", "steps", "hyper", "groups", "axes", "fresh", "lrs", "grad_scale")
-        return tuple(getattr(self, name) for name in (*names, "found_inf", "measured", "workspace"))
-
-    def states_of(self, i: int) -> dict[str, Tensor]:
-        """The states of tensor i by name."""
-        return {slot: self.states[s * len(self.params) + i] for s, slot in enumerate(self.case.slots)}
-
-    def measured_of(self, i: int) -> Tensor | None:
-        """The rows of tensor i."""
-        if self.measured is None or self.case.tensors[i].dims is None:
-            return None
-        counts = [group_count(tensor) for tensor in self.case.tensors]
-        return self.measured[sum(counts[:i]) : sum(counts[: i + 1])]
-
-    def written(self) -> list[Tensor]:
-        """Copies of all that a step may write, with the memory around it, as bytes."""
-        measured = [] if self.measured is None else [self.measured]
-        return [bits(tensor) for tensor in [*(buffer for buffer, _ in self.buffers), *self.steps, *measured]]
-
-    def around(self) -> list[Tensor]:
-        """Copies of the memory around and between the elements, as bytes."""
-        found = []
-        for buffer, tensor in self.buffers:
-            copy = buffer.clone()
-            copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).zero_()
-            found.append(bits(copy))
-        return found
-
-    def run_part(self, ks: Sequence[int], op: Callable[..., None]) -> None:
-        """The step of tensors ``ks``, in this order, as a call of its own."""
-        n, rows = len(self.params), [row for row in map(self.measured_of, ks) if row is not None]
-        part = replace(
-            self,
-            **{name: [getattr(self, name)[k] for k in ks] for name in ("params", "grads", "steps", "groups", "axes")},
-            states=[self.states[s * n + k] for s in range(len(self.case.slots)) for k in ks],
-            fresh=[i for i, k in enumerate(ks) if k in self.fresh],
-            measured=None if self.measured is None else self.measured.new_full((sum(map(len, rows)), 8), math.nan),
-        )
-        op(*part.args())
-        if part.measured is not None:
-            for row, values in zip(rows, part.measured.split([len(row) for row in rows]), strict=True):
-                row.copy_(values)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """A copy of the bytes of a tensor, whatever its strides; a NaN equals the same NaN."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
-
-
-def same(left: list[Tensor], right: list[Tensor]) -> bool:
-    """Whether two lists of tensors are equal."""
-    return all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
-
-
-def group_count(tensor: TensorCase) -> int:
-    """How many norm groups, hence rows of ``measured``, a tensor has."""
-    if tensor.dims is None:
-        return 0
-    return math.prod(size for dim, size in enumerate(tensor.shape) if dim not in tensor.dims)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch's own arithmetic on one thread.
-
-    How it cuts a tensor for threads decides which elements get vector code, and so the last bits of ``2 ** x``. Small
-    tensors gain nothing from threads anyway, and on a busy machine they lose ten times the time.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 # ---- the tensors ----------------------------------------------------------------------------------------------------
-
-
-def place(values: Tensor, layout: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """A poisoned buffer and a tensor in it, in the layout, that has the values."""
-    shape = values.shape
-    order = list(range(values.ndim))  # dimensions from the outermost stored to the innermost
-    padded = list(shape)
-    step = 1
-    if layout == "cl":
-        assert values.ndim in (4, 5), f"no channels_last for {tuple(shape)}"
-        order = [0, *order[2:], 1]
-    elif layout == "tr":
-        order.reverse()
-    elif layout == "gap" and padded:
-        padded[-1] += 3
-    elif layout == "two":
-        step = 2
-    strides = [0] * values.ndim
-    size = step
-    for dim in reversed(order):
-        strides[dim] = size
-        size *= padded[dim]
-    if layout == "odd":
-        strides = [7 if length == 1 else stride for stride, length in zip(strides, shape, strict=True)]
-    buffer = torch.full((size + 2 * GUARD,), math.nan, dtype=dtype, device=device)
-    tensor = buffer.as_strided(shape, strides, GUARD + (layout == "off"))
-    return buffer, tensor.copy_(values)
 
 
 def _values(tensor: TensorCase, case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -424,6 +287,8 @@ SHAPES_SMALL = [(13, 29), (3, 0), (0, 3), (1, 1), (1, 31), (31, 1)]
 SHAPES_LARGE = [(300, 200), (40, 5000), (8195, 5)]
 SHAPES_EDGE = [(9, 15), (9, 16), (9, 17), (5, 127), (5, 128), (5, 129), (37, 1021)]
 SHAPES_LONG = [(2, 16383), (2, 16384), (2, 16385), (2, 32767), (2, 32768), (2, 32769), (2, 70001), (1, 70001)]
+# Groups in columns, of matrices too tall for a tile: what is summed is far apart in memory.
+COLUMNS = [((950, 20), (0,)), ((950, 70), (0,)), ((2, 950, 17), (1,)), ((3700, 6), (0,)), ((950, 1), (0,))]
 SHAPES_1D = [(), (1,), (0,), (2,), (17,), (8191,)]
 SHAPES_3D = [(7, 11, 13), (3, 1, 9), (2, 0, 4)]
 
@@ -517,6 +382,11 @@ def _make_cases() -> list[Case]:
             layout = ["c", "off", "c", "gap"][k % 4]
             data = "const" if k % 3 == 1 else "plain"
             add("long", None, [tensor(shape, axis=axis, layouts=(layout, "c", layout), data=data, t=3)], "rescale")
+
+    for shape, axis in COLUMNS:
+        for project in ("rescale", "shrink", "both2"):
+            for lie in (("c", "c", "c"), ("off", "c", "off")):
+                add("columns", None, [tensor(shape, axis=axis, layouts=lie)], project, measured=len(cases) % 3 < 2)
 
     # Every layout of the parameter with every layout of the gradient.
     for shape, names in (((5, 7, 3, 3), LAYOUTS), ((13, 29), LAYOUTS), ((12, 10, 1, 1), ("c", "cl", "odd"))):

@@ -1,15 +1,24 @@
-"""The CUDA kernels in an emulator on the CPU: how the tests of lane 3 call them. Needs an extension that was built so."""
+"""The CUDA kernels in an emulator on the CPU: how tests call them. Needs an extension that was built for that.
+
+``python tests/emulated.py THREADS`` runs the cases that are meant for ThreadSanitizer, and for kernels that were broken
+on purpose: all kernels and axes at sizes that take no time, in blocks of so many threads.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from typing import NamedTuple
 
+import tolerances
 import torch
-from cases import Call
+from calls import Call, same
+from cases import DTYPES, PROJECTIONS, Case, TensorCase, select
 
 from fastwrs import library
+
+PASSED = "all cases passed"
 
 
 class Counts(NamedTuple):
@@ -28,20 +37,65 @@ def load() -> None:
 
 def counts() -> Counts:
     """What the kernels have moved since the last call."""
-    library_ = ctypes.CDLL(sys.modules["fastwrs._C"].__file__)
-    if not hasattr(library_, "fastwrs_emulation_counts"):
+    extension = ctypes.CDLL(sys.modules["fastwrs._C"].__file__)
+    if not hasattr(extension, "fastwrs_emulation_counts"):
         raise RuntimeError("this extension was not built with FASTWRS_EMULATED=1")
     values = (ctypes.c_uint64 * 3)()
-    library_.fastwrs_emulation_counts(values)
+    extension.fastwrs_emulation_counts(values)
     return Counts(*values)
 
 
-def run(call: Call, poison: bool = True) -> Call:
-    """One step with a workspace that is just large enough, its sums poisoned; afterwards its ticket has to be 0."""
-    size = torch.ops.fastwrs.step_workspace(*call.args())
-    workspace = torch.full(((size + 3) // 4,), float("nan") if poison else 0.0)
+def run(call: Call) -> Call:
+    """One step with a workspace that is just large enough, poisoned; afterwards its ticket has to be 0 again."""
+    size, _ = torch.ops.fastwrs.step_plan(*call.args())
+    call.workspace = workspace = torch.full(((size + 3) // 4,), float("nan"))
     workspace[:4] = 0
-    call.workspace = workspace
     torch.ops.fastwrs.step(*call.args())
     assert not workspace[:4].view(torch.int32).any(), "the ticket is not back at 0"
     return call
+
+
+def check(case: Case) -> None:
+    """Runs a case, and compares all that it may and may not have written with the oracle."""
+    call = case.build()
+    before, around, all_before = tolerances.snapshot(call), call.around(), call.written()
+    run(call)
+    assert same(call.around(), around), "memory that belongs to no tensor was written"
+    if case.found_inf:
+        assert same(call.written(), all_before), "a step that is skipped has written"
+        return
+    assert [float(step) for step in call.steps] == [tensor.t for tensor in case.tensors], "step counts"
+    tolerances.check_call(before, call)
+
+
+def small_cases() -> list[Case]:
+    """One triple of 32 bits and one of 16, over all kernels and axes."""
+    return [case for case in select(70000) if case.dtypes in (DTYPES[0], DTYPES[2])]
+
+
+def norm_error(length: int) -> float:
+    """How far norms are from their target after a rescale of equal elements, the worst case for a running sum."""
+    tensor = TensorCase((2, length), "out", data="const")
+    case = Case("norms", "sgd.mom", (tensor,), DTYPES[0], (tuple(PROJECTIONS["rescale"].items()),), measured=False)
+    call = case.build()
+    for values in (*call.grads, *call.states):
+        values.zero_()  # so that elements stay equal
+    run(call)
+    return tolerances.norm_deviation(call.params[0], (1,), 1.0)
+
+
+def main(threads: str) -> None:
+    os.environ["EMULATED_THREADS"] = threads
+    torch.set_num_threads(1)
+    load()
+    cases = small_cases()
+    for case in cases:
+        print(case.id, flush=True)
+        check(case)
+    for length in (28672, 100001):
+        assert norm_error(length) <= tolerances.NORM_BOUND[torch.float32], f"norms of {length} equal elements"
+    print(f"{len(cases)} cases: {PASSED}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

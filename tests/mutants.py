@@ -238,7 +238,8 @@ def serve() -> None:
 def face_the_tests() -> None:
     """The tests that every mutant faces: all cases of a step, projections, norms. Raises at the first that fails."""
     import test_cpu
-    from cases import CASES, one_thread
+    from calls import one_thread
+    from cases import CASES
 
     from fastwrs import library
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SANITIZED = ROOT / "build" / "sanitize"
+SANITIZED, EMULATED = ROOT / "build" / "sanitize", ROOT / "build" / "emulated"
 COMPILER = next(filter(shutil.which, (*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++")), None)
 
 
@@ -57,27 +57,29 @@ def lint() -> int:
     return max([call(scripts / name, *arguments) for name, *arguments in checks])
 
 
-def sanitizer_environment() -> dict[str, str]:
+def sanitizer_environment(sanitizer: str = "address") -> dict[str, str]:
     """What a process needs that loads an extension built with sanitizers."""
     assert COMPILER is not None
-    libraries = [output(COMPILER, f"-print-file-name={name}") for name in ("libasan.so", "libubsan.so")]
+    names = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}[sanitizer]
     return {
-        "LD_PRELOAD": " ".join(libraries),
+        "LD_PRELOAD": " ".join(output(COMPILER, f"-print-file-name={name}") for name in names),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself keeps memory until it exits
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66",
     }
 
 
+def build(source: Path, lib: Path, objects: Path, **environment: str) -> int:
+    """Builds the package of ``source`` into a folder of its own."""
+    arguments = ("build_py", "--build-lib", lib, "build_ext", "--build-lib", lib, "--build-temp", objects)
+    command = [sys.executable, "setup.py", "-q", *arguments]
+    settings = {"FASTWRS_CPU": "1", "FASTWRS_CUDA": "0", **environment}
+    return subprocess.run(command, cwd=source, env={**os.environ, **settings}, check=False).returncode
+
+
 def sanitizers() -> int:
-    """Builds the package into a folder of its own and runs against it."""
-    assert COMPILER is not None
-    failed = call(
-        *(sys.executable, "setup.py", "-q", "build_py", "--build-lib", SANITIZED / "lib"),
-        *("build_ext", "--build-lib", SANITIZED / "lib", "--build-temp", SANITIZED / "objects"),
-        FASTWRS_SANITIZE="address", FASTWRS_CUDA="0",
-        FASTWRS_CPU="1",
-    )
-    if failed:
+    """The tests of the C++ kernels, against kernels with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    if failed := build(ROOT, SANITIZED / "lib", SANITIZED / "objects", FASTWRS_SANITIZE="address"):
         return failed
     if b"__asan_report" not in (SANITIZED / "lib" / "fastwrs" / "_C.abi3.so").read_bytes():
         print("the extension was built without AddressSanitizer", file=sys.stderr)
@@ -85,14 +87,45 @@ def sanitizers() -> int:
     return pytest_("cpu", "tests/test_cpu.py", PYTHONPATH=str(SANITIZED / "lib"), **sanitizer_environment())
 
 
-LATER = "emulated or compiled or interpreted or triton_compiled or gpu"
+def build_emulated(source: Path, sanitizer: str) -> None:
+    """Builds the package with emulated CUDA kernels into ``build/lib`` below the source."""
+    environment = {"FASTWRS_EMULATED": "1", **({"FASTWRS_SANITIZE": sanitizer} if sanitizer else {})}
+    if build(source, source / "build" / "lib", source / "build" / "objects", **environment):
+        raise RuntimeError("the emulated kernels do not build")
+
+
+def emulated_environment(source: Path, sanitizer: str) -> dict[str, str]:
+    """What a process needs that runs them."""
+    return {"PYTHONPATH": str(source / "build" / "lib"), **(sanitizer_environment(sanitizer) if sanitizer else {})}
+
+
+def emulated() -> int:
+    """The CUDA kernels in the emulator: plain, under AddressSanitizer, and under ThreadSanitizer in two block sizes."""
+    failed = 0
+    for sanitizer in ("", "address", "thread"):
+        folder = EMULATED / (sanitizer or "plain")
+        environment = {"FASTWRS_EMULATED": "1", **({"FASTWRS_SANITIZE": sanitizer} if sanitizer else {})}
+        if build(ROOT, folder / "build" / "lib", folder / "build" / "objects", **environment):
+            return 1
+        environment = emulated_environment(folder, sanitizer)
+        if sanitizer == "thread":
+            for threads in ("64", "256"):
+                failed |= call(sys.executable, "tests/emulated.py", threads, **environment)
+        else:
+            failed |= pytest_("emulated", **environment)
+    return failed
+
+
+OTHERS = "oracle or cpu or negative_control or emulated or emulated_control or compiled or gpu"
 LANES = (
     Lane("lint", 60, lint),
     Lane("oracle", 60, lambda: pytest_("oracle")),
     Lane("cpu", 180, lambda: pytest_("cpu and not negative_control")),
-    Lane("house", 90, lambda: pytest_(f"not (oracle or cpu or negative_control or {LATER})")),
+    Lane("house", 90, lambda: pytest_(f"not ({OTHERS})")),
     Lane("sanitizers", 200, sanitizers),
     Lane("negative control", 200, lambda: pytest_("negative_control")),
+    Lane("emulated", 240, emulated),
+    Lane("emulated control", 240, lambda: pytest_("emulated_control")),
 )
 
 

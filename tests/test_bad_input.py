@@ -87,14 +87,6 @@ def test_options_of_another_type() -> None:
             fastwrs.SGD([weight()], **options)  # type: ignore[arg-type]
 
 
-def test_backends_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .*not part of this version"):
-        fastwrs.SGD([weight()], backend="cuda")
-    monkeypatch.setenv("FASTWRS_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="FASTWRS_BACKEND=nonsense: no such backend"):
-        fastwrs.SGD([weight()])
-
-
 @pytest.mark.parametrize("key", ["backend", "state_dtype"])
 def test_options_of_the_whole_optimizer_are_refused_in_a_group(key: str) -> None:
     with pytest.raises(ValueError, match=f"{key} is an option of the whole optimizer"):

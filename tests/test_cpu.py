@@ -14,23 +14,8 @@ from typing import Any
 import pytest
 import tolerances
 import torch
-from cases import (
-    CASES,
-    DTYPES,
-    LAYOUTS,
-    PROJECTIONS,
-    Call,
-    Case,
-    TensorCase,
-    axes_for,
-    bits,
-    dims_of,
-    mask_of,
-    one_thread,
-    place,
-    same,
-    select,
-)
+from calls import LAYOUTS, Call, bits, one_thread, place, same
+from cases import CASES, DTYPES, PROJECTIONS, Case, TensorCase, axes_for, dims_of, mask_of, select
 from tolerances import NORM_BOUND, Inputs
 from torch import Tensor
 

@@ -352,6 +352,27 @@ def test_groups_with_the_same_slots_share_a_launch(launches: list[tuple[StepCall
     ]
 
 
+def test_learning_rates_on_the_cpu_go_to_a_device_as_numbers() -> None:
+    """A copy to the device would be waited for. One that is there already stays a tensor."""
+    optimizer = fastwrs.AdamW(
+        [
+            {"params": [p], "lr": lr}
+            for p, lr in zip(model(3), (0.5, torch.tensor(0.25), torch.tensor(0.125)), strict=True)
+        ]
+    )
+    optimizer.step()
+    records = optimizer._records
+    assert records is not None
+    width = len(optimizer.rule.record)
+    here, lrs = records.on(torch.device("cpu"))
+    assert [here[k * width : k * width + 2] for k in range(3)] == [[0.5, -1.0], [0.0, 0.0], [0.0, 1.0]]
+    assert [lr.item() for lr in lrs] == [0.25, 0.125]
+    there, moved = records.on(torch.device("cuda", 0))
+    assert [there[k * width : k * width + 2] for k in range(3)] == [[0.5, -1.0], [0.25, -1.0], [0.125, -1.0]]
+    assert moved == []
+    assert there[2:width] == here[2:width]
+
+
 def test_nothing_to_do_launches_nothing(launches: list[tuple[StepCall, bool]]) -> None:
     params = model()
     optimizer = fastwrs.AdamW(params)

@@ -10,22 +10,8 @@ from typing import Any
 import pytest
 import tolerances
 import torch
-from cases import (
-    DTYPES,
-    LAYOUTS,
-    OPTIONS,
-    PROJECTIONS,
-    Call,
-    Case,
-    TensorCase,
-    axes_for,
-    bits,
-    dims_of,
-    mask_of,
-    one_thread,
-    place,
-    same,
-)
+from calls import LAYOUTS, Call, bits, one_thread, place, same
+from cases import DTYPES, OPTIONS, PROJECTIONS, Case, TensorCase, axes_for, dims_of, mask_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import NORM_BOUND, RESCALED_TWICE_ULPS, ulp

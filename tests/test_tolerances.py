@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import tolerances
 import torch
-from cases import CASES, DATA, DTYPES, LAYOUTS, OPTIONS, PROJECTIONS, Case, TensorCase, select
+from calls import LAYOUTS
+from cases import CASES, DATA, DTYPES, OPTIONS, PROJECTIONS, Case, TensorCase, select
 from tolerances import Inputs, check, snapshot, ulp
 from torch import Tensor
 

@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from cases import Call, one_thread
+from calls import Call, one_thread
 from torch import Tensor
 
 from fastwrs import reference

@@ -11,8 +11,11 @@ namespace fastwrs::cuda {
 // Why no kernel can run here; empty if they can. Looks at the driver and the devices, and creates nothing on them.
 std::string why_not();
 
-// Bytes of zeroed workspace that a step needs. They are left zeroed where the next step wants them so.
-int64_t workspace_bytes(const StepJob& job, int device);
+// What a step needs: bytes of workspace, zeroed before the first step that uses them, and how many launches it takes.
+struct Needs {
+  int64_t workspace_bytes = 0, launches = 0;
+};
+Needs needs(const StepJob& job, int device);
 
 // Raises what `step` would raise before its first launch.
 void check(const StepJob& job, int device);

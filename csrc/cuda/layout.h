@@ -22,7 +22,7 @@ FASTWRS_HD uint32_t round_to_words(uint32_t bytes) { return (bytes + kWordBytes 
 template <class C>
 FASTWRS_HD uint32_t sums_bytes(uint32_t groups, uint32_t wanted, uint32_t threads) {
   // A tile at the end of a tensor has fewer groups, and more lanes for each.
-  const uint32_t sums = groups > threads ? groups : threads;
+  const uint32_t sums = groups == 1 ? kMostLanes : groups > threads ? groups : threads;
   return round_to_words(wanted * sums * uint32_t(sizeof(C))) + round_to_words(groups * uint32_t(sizeof(C)));
 }
 // Bytes of one list of values; its start is shifted so that vectors of the tile are vectors on chip.

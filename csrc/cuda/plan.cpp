@@ -55,7 +55,9 @@ class Cutter {
  public:
   Cutter(const StepJob& job, const Limits& limits) : job_(job), limits_(limits) {
     vector_ = kWordBytes / std::min({size_of(job.dtypes.param), size_of(job.dtypes.grad), size_of(job.dtypes.state)});
-    partial_elements_ = kTileBytes / int64_t(sizeof(C)) / (job.measured ? kSums : 2);
+    bool both = false;
+    for (const TensorStep& step : job.steps) both = both || (step.rate != 0 && step.every > 0);
+    partial_elements_ = kTileBytes / int64_t(sizeof(C)) / (job.measured ? kSums : both ? 2 : 1);
   }
   int64_t partial_elements() const { return partial_elements_; }
 
@@ -384,7 +386,10 @@ Plan::Plan(const StepJob& job, const Limits& limits) {
                                                          : plan_launches<float>(job, limits, launches_);
 }
 
-int64_t workspace_bytes(const StepJob& job, int device) { return Plan(job, limits_of(device)).workspace_bytes(); }
+Needs needs(const StepJob& job, int device) {
+  const Plan plan(job, limits_of(device));
+  return {plan.workspace_bytes(), int64_t(plan.size())};
+}
 
 namespace {
 

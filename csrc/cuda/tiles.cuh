@@ -311,7 +311,7 @@ FASTWRS_DEVICE C sum_over_block(C x, C* scratch) {
 #pragma unroll
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += shuffle_xor(x, lanes);
   if (thread_index() % kWarp == 0) scratch[thread_index() / kWarp] = x;
-  barrier();
+  barrier();  // the sums of the warps are complete
   C sum = 0;
   for (uint32_t warp = 0; warp < thread_count() / kWarp; ++warp) sum += scratch[warp];
   return sum;

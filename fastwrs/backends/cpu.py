@@ -26,23 +26,7 @@ def why_not(device_type: str | None = None, dtypes: tuple[str, str, str] | None 
 
 def step(call: StepCall, dry_run: bool = False) -> None:
     """One step of every tensor in the call: all of them, or on an error none."""
-    torch.ops.fastwrs.step(
-        call.rule,
-        call.params,
-        call.grads,
-        call.states,
-        call.steps,
-        call.hyper,
-        call.groups,
-        call.axes,
-        call.fresh,
-        call.lrs,
-        call.grad_scale,
-        call.found_inf,
-        call.measured,
-        call.workspace,
-        dry_run,
-    )
+    torch.ops.fastwrs.step(*call.arguments(), dry_run)
 
 
 def rescale_(tensors: list[Tensor], axes: list[int], target: float) -> None:

@@ -42,7 +42,7 @@ class FusedOptimizer(Optimizer):
         state_dtype: torch.dtype | None,
         backend: str,
     ) -> None:
-        dispatch.choose(backend)  # an unknown or unusable one is refused here and now
+        dispatch.check(backend)  # an unknown or unusable one is refused here and now
         if state_dtype not in (None, torch.bfloat16):
             raise ValueError(f"state_dtype must be None or torch.bfloat16, got {state_dtype!r}")
         self.backend, self.state_dtype = backend, state_dtype
@@ -155,18 +155,20 @@ class FusedOptimizer(Optimizer):
             if tensors is None:
                 return None
             device = bundle.device
+            hyper, lrs = records.on(device)
             call = StepCall(
                 self.rule.name,
                 bundle.params,
                 *tensors,
-                records.flat,
+                hyper,
                 bundle.groups,
                 bundle.axes,
                 bundle.fresh,
-                [lr if lr.device == device else lr.to(device) for lr in records.lrs],
+                lrs,
                 on(grad_scale, device),
                 on(found_inf, device),
                 measured=None,  # the place where a buffer for per-group measurements goes in
+                workspace=bundle.workspace,
             )
             launches.append((bundle, call))
         return launches
@@ -183,6 +185,8 @@ class FusedOptimizer(Optimizer):
             return error
         for bundle, call in launches[1:]:
             dispatch.launch(bundle.backend, call)
+        for bundle, call in launches:
+            bundle.workspace = call.workspace
         found_inf = self._amp()[1]
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf != 0):
             return None  # skipped: nothing was written. One on a device is not looked at, which would wait for it.

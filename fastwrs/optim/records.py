@@ -73,6 +73,25 @@ class Records:
             else:
                 self.flat[g * width + 1] = -1.0
 
+    def on(self, device: torch.device) -> tuple[list[float], list[Tensor]]:
+        """The records and the learning rates for a launch on this device.
+
+        A learning rate on the CPU goes to another device as a number: it is at hand, and a copy would be waited for.
+        """
+        if all(lr.device == device for lr in self.lrs):
+            return self.flat, self.lrs
+        flat, width, moved = list(self.flat), len(self._rule.record), []
+        for place in range(0, len(flat), width):
+            if flat[place + 1] < 0:
+                continue
+            lr = self.lrs[int(flat[place + 1])]
+            if lr.device.type == "cpu":
+                flat[place : place + 2] = (float(lr), -1.0)
+            else:
+                flat[place + 1] = float(len(moved))
+                moved.append(lr.to(device))
+        return flat, moved
+
 
 def read(rule: Rule, group: Group, numbers: Mapping[str, Any], g: int | None = None) -> list[float]:
     """The record of one param group, every option checked. Also takes an optimizer's defaults, which have no params.

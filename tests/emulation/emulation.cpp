@@ -25,6 +25,7 @@ struct Thread {
   State state = State::kDone;
   int where = 0;
   uint32_t shuffles = 0;
+  bool at_work = false;  // may have touched global memory since the last barrier
 };
 
 struct Range {
@@ -127,6 +128,7 @@ FASTWRS_MACHINERY bool wake() {
       return false;
     }
     e.threads[i].state = State::kReady;
+    e.threads[i].at_work = false;
   }
   ++e.barriers;
   e.any[e.barriers & 1] = false;
@@ -143,6 +145,7 @@ FASTWRS_MACHINERY void run_block() {
     e.threads[i].fiber.start(&body);
     e.threads[i].state = State::kReady;
     e.threads[i].shuffles = 0;
+    e.threads[i].at_work = true;
   }
   release(&e.begun);
   const auto done = [](const Thread& t) { return t.state == State::kDone; };
@@ -214,12 +217,18 @@ FASTWRS_MACHINERY uint64_t shuffle_xor(uint64_t x, int lanes) {
 }
 
 FASTWRS_MACHINERY uint32_t take_ticket(uint32_t* counter) {
+  // Blocks run one after the other here. On a GPU the last one to come writes what a slower thread still reads.
+  Emulator& e = emulator();
+  for (uint32_t i = 0; i < e.count; ++i) {
+    if (e.threads[i].at_work) refuse("a ticket is taken while thread " + std::to_string(i) + " may still read");
+  }
   about_to_read(counter, sizeof *counter);
   return (*counter)++;
 }
 
 FASTWRS_MACHINERY void about_to_read(const void* address, size_t bytes, bool counted) {
   check(address, bytes, "a read");
+  emulator().threads[emulator().thread].at_work = true;
   emulator().read += counted ? bytes : 0;
 }
 FASTWRS_MACHINERY void about_to_write(const void* address, size_t bytes) {

@@ -4,7 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <vector>
+
+#include "emulation.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -60,14 +61,14 @@ class Fiber {
   }
 
   // Makes this the thread that runs.
-  void adopt() {
+  FASTWRS_MACHINERY void adopt() {
 #if defined(__SANITIZE_THREAD__)
     tsan_ = __tsan_get_current_fiber();
 #endif
   }
 
   // The next switch to this fiber begins `body`, which never returns.
-  void start(void (*body)()) {
+  FASTWRS_MACHINERY void start(void (*body)()) {
     if (!stack_) {
       stack_.reset(new char[kStack]);
 #if defined(__SANITIZE_THREAD__)
@@ -89,7 +90,7 @@ class Fiber {
 #endif
   }
 
-  void switch_to(Fiber& other) {
+  FASTWRS_MACHINERY void switch_to(Fiber& other) {
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, other.bottom(), other.size());

@@ -1,0 +1,57 @@
+"""The CUDA kernels: one launch for a whole list of tensors, one pass over memory, no synchronisation."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from fastwrs import library
+
+# The projection alone has no kernels of its own yet; on a GPU it is PyTorch's.
+from fastwrs.backends.reference import channel_norms as channel_norms
+from fastwrs.backends.reference import rescale_ as rescale_
+from fastwrs.plan import StepCall
+from fastwrs.spec import DTYPE_TRIPLES
+
+NAME = "cuda"
+_TOO_SMALL = "fastwrs: the workspace has"
+
+
+def why_not(device_type: str | None = None, dtypes: tuple[str, str, str] | None = None) -> str | None:
+    """It needs the extension built with nvcc, a GPU and driver that can run it, tensors there, and known dtypes."""
+    if device_type not in (None, "cuda"):
+        return f"its tensors must be on a CUDA device, not on {device_type}"
+    reason = _why_not_here()
+    if reason is None and dtypes is not None and dtypes not in DTYPE_TRIPLES:
+        reason = f"it has no kernel for (param, grad, state) dtypes {dtypes}"
+    return reason
+
+
+@functools.cache
+def _why_not_here() -> str | None:
+    """Why it cannot run in this process. Asks the driver, which must not happen before it is wanted: see dispatch."""
+    if torch.version.hip is not None:
+        return "this torch was built for ROCm"
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    return library.why_not() or torch.ops.fastwrs.cuda_why_not() or None
+
+
+def step(call: StepCall, dry_run: bool = False) -> None:
+    """One step of every tensor in the call: all of them, or on an error none.
+
+    The workspace is allocated in the first step and kept with the plan. It is not allocated again unless the layout of
+    the tensors has changed, so that a step can be captured in a graph once another one has run before.
+    """
+    if call.workspace is not None:
+        try:
+            torch.ops.fastwrs.step(*call.arguments(), dry_run)
+        except RuntimeError as error:
+            if not str(error).startswith(_TOO_SMALL):
+                raise
+        else:
+            return
+    size, _ = torch.ops.fastwrs.step_plan(*call.arguments())
+    call.workspace = torch.zeros(-(-size // 4), dtype=torch.float32, device=call.params[0].device)
+    torch.ops.fastwrs.step(*call.arguments(), dry_run)

@@ -1,0 +1,60 @@
+"""Which backend runs, and the reasons why others cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastwrs
+from fastwrs import dispatch, library
+
+pytestmark = pytest.mark.cpu
+CUDA: Any = dispatch._MODULES["cuda"]
+
+
+def test_backends_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: .*not part of this version"):
+        fastwrs.SGD([nn.Parameter(torch.ones(3, 4))], backend="triton")
+    monkeypatch.setenv("FASTWRS_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="FASTWRS_BACKEND=nonsense: no such backend"):
+        fastwrs.SGD([nn.Parameter(torch.ones(3, 4))])
+
+
+def test_cuda_without_a_gpu_fails_with_its_reason_before_anything_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    CUDA._why_not_here.cache_clear()
+    try:
+        param = nn.Parameter(torch.ones(3, 4))
+        with pytest.raises(RuntimeError, match="backend='cuda' cannot run: cuda: this torch was built without CUDA"):
+            fastwrs.AdamW([param], backend="cuda")
+        assert fastwrs.backends()["cuda"] == "this torch was built without CUDA"
+        assert CUDA.why_not("cpu") == "its tensors must be on a CUDA device, not on cpu"
+        assert torch.equal(param, torch.ones(3, 4))
+    finally:
+        CUDA._why_not_here.cache_clear()
+
+
+def test_the_extension_says_why_cuda_cannot_run() -> None:
+    """Built with nvcc or not, without a GPU there is a reason in words."""
+    library.load()
+    if not torch.cuda.is_available():
+        reason = torch.ops.fastwrs.cuda_why_not()
+        assert reason in ("there is no CUDA driver", "there is no CUDA device") or "without CUDA" in reason, reason
+    assert CUDA.NAME == "cuda"
+
+
+def test_auto_does_not_start_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has asked for a GPU cannot fork workers that use one: not for a model on the CPU."""
+
+    def asked() -> str:
+        raise AssertionError("the driver was asked")
+
+    monkeypatch.setattr(CUDA, "_why_not_here", asked)
+    param = nn.Parameter(torch.ones(3, 4))
+    param.grad = torch.ones(3, 4)
+    fastwrs.AdamW([param]).step()
+    fastwrs.rescale_(param.detach())
+    assert not torch.equal(param, torch.ones(3, 4))

@@ -1,0 +1,223 @@
+"""Lane 3: the CUDA kernels, compiled by g++ and run by an emulator, against the oracle; bytes and launches, counted.
+
+The same source that nvcc compiles, behind tests/emulation/. Run by ``tests/run_lanes.py emulated``, which builds the
+extension for it, plain and with AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import emulated
+import lists
+import pytest
+import torch
+from cases import CASES, DTYPES, PROJECTIONS, Case, TensorCase, mask_of, select
+from tolerances import NORM_BOUND
+
+import fastwrs
+from fastwrs import dispatch
+from fastwrs.plan import StepCall
+from fastwrs.spec import RULES
+
+pytestmark = pytest.mark.emulated
+KIB = 1024
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _extension() -> Iterator[None]:
+    emulated.load()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_step(case: Case) -> None:
+    emulated.check(case)
+    assert emulated.counts().launches > 0 or not case.tensors
+
+
+# What a GPU has decides how tensors are cut: those with little shared memory take other ways through the kernels.
+GPUS = {"7.5": (64, 64), "8.0": (163, 164), "8.6": (99, 100), "10.0": (227, 228)}
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_step_on_other_gpus(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, multiprocessor = GPUS[gpu]
+    monkeypatch.setenv("EMULATED_SHARED_PER_BLOCK", str(block * KIB))
+    monkeypatch.setenv("EMULATED_SHARED_PER_MULTIPROCESSOR", str(multiprocessor * KIB))
+    cases = [case for case in CASES if case.theme in ("long", "columns", "layout") or max_row(case) > 2000]
+    for case in cases[::3]:
+        emulated.check(case)
+    assert len(cases) > 60
+
+
+def max_row(case: Case) -> int:
+    return max((math.prod(tensor.shape[1:]) for tensor in case.tensors), default=0)
+
+
+@pytest.mark.parametrize("threads", [32, 128])
+def test_step_with_other_blocks(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMULATED_THREADS", str(threads))
+    cases = select(20000, every=7)
+    for case in cases:
+        emulated.check(case)
+    assert len(cases) > 50
+
+
+@pytest.mark.parametrize("length", [7, 1023, 4608, 28672, 28673, 300001])
+def test_norms_of_equal_elements(length: int) -> None:
+    assert emulated.norm_error(length) <= NORM_BOUND[torch.float32]
+
+
+# ---- bytes ----------------------------------------------------------------------------------------------------------
+
+ADAMW, SGD = "adamw", "sgd.mom"
+ONE_PASS = [((64, 64, 3, 3), "out"), ((64, 64, 3, 3), "in"), ((64, 256, 1, 1), "out"), ((64, 256, 1, 1), "in")]
+ROWS = [((32, 4608), "out"), ((8, 28672), "out"), ((300, 640), (0,)), ((4096, 27), "out")]
+TWO_PHASES = [((4, 200000), "out"), ((300, 300), "tensor"), ((4000, 512), (0,))]
+BYTES = {(ADAMW, "s"): (28, 36), (SGD, "s"): (20, 28), (ADAMW, "b"): (14, 18), (SGD, "b"): (10, 14)}
+
+
+def bytes_per_parameter(option: str, dtypes: tuple[str, str, str], shape: Any, axis: Any, layout: str) -> float:
+    tensor = TensorCase(shape, axis, (layout,) * 3)
+    case = Case("bytes", option, (tensor,), dtypes, (tuple(PROJECTIONS["rescale"].items()),), measured=False)
+    call = case.build()
+    emulated.counts()
+    emulated.run(call)
+    moved = emulated.counts()
+    return (moved.read + moved.written) / tensor.numel
+
+
+@pytest.mark.parametrize("kind", ["s", "b"])
+@pytest.mark.parametrize("option", [ADAMW, SGD])
+def test_bytes_per_parameter(option: str, kind: str) -> None:
+    """Counted: with a rescale in every step, each array is read once and written once, the gradient only read."""
+    dtypes = DTYPES[0] if kind == "s" else DTYPES[3]
+    one_pass, two_phases = BYTES[option, kind]
+    for shape, axis in (*ONE_PASS, *ROWS):
+        for layout in ("c", "cl") if len(shape) == 4 else ("c",):
+            moved = bytes_per_parameter(option, dtypes, shape, axis, layout)
+            assert abs(moved / one_pass - 1) < 0.01, (shape, axis, layout, moved)
+    for shape, axis in TWO_PHASES:
+        moved = bytes_per_parameter(option, dtypes, shape, axis, "c")
+        assert moved < (1.01 if kind == "s" else 1.02) * two_phases, (shape, axis, moved)  # sums are fp32 in both
+
+
+# ---- launches -------------------------------------------------------------------------------------------------------
+
+
+def launches(name: str, option: str, axis: Any) -> int:
+    """Planned, not run. All arrays share one memory that is never touched: the lists are of many gigabytes."""
+    params = lists.LISTS[name].params()
+    memory = torch.empty(max(math.prod(param.shape) for param in params))
+    arrays = [memory[: math.prod(param.shape)].view(param.shape) for param in params]
+    rows = tuple(tuple(PROJECTIONS[project].items()) for project in ("rescale", "none"))
+    case = Case("launches", option, (), DTYPES[0], rows)
+    masks = [mask_of(axis if param.role == lists.WEIGHT else None, len(param.shape)) for param in params]
+    hyper = [value for row in range(2) for value in case.hyper(row).values()]
+    steps, groups = [torch.zeros(()) for _ in arrays], [int(mask == 0) for mask in masks]
+    states = arrays * len(case.slots)
+    _, count = torch.ops.fastwrs.step_plan(
+        case.rule, arrays, arrays, states, steps, hyper, groups, masks, [], [], None, None, None, None
+    )
+    return count
+
+
+@pytest.mark.parametrize("option", [ADAMW, SGD])
+def test_launches(option: str) -> None:
+    assert launches("resnet50", option, "out") == 1
+    assert launches("resnet50", option, "in") == 1
+    assert launches("resnet50", option, None) == 1
+    assert launches("llama_1b", option, "out") == 1
+    assert launches("llama_3b", option, "out") == 1
+    assert launches("vgg16_bn", option, "out") == 2  # its longest rows have blocks of their own
+    assert launches("tiny", option, "out") <= 5
+
+
+def test_a_group_per_parameter_is_one_launch_too() -> None:
+    """Records ride beside the tensors."""
+    params = [torch.nn.Parameter(torch.randn(4, 5)) for _ in range(161)]
+    for param in params:
+        param.grad = torch.randn(4, 5)
+    seen = []
+
+    def count(_backend: Any, call: StepCall, dry_run: bool = False) -> None:
+        _, launched = torch.ops.fastwrs.step_plan(*(getattr(call, field.name) for field in fields(call)), dry_run)
+        seen.append(launched)
+
+    optimizer = fastwrs.AdamW([{"params": [param], "lr": 0.1 / (k + 1)} for k, param in enumerate(params)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "launch", count)
+        optimizer.step()
+    assert seen == [1]
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def simple(**more: Any) -> Any:
+    tensors = TensorCase((40, 50)), TensorCase((3, 70001), "out")
+    return Case("simple", ADAMW, tensors, DTYPES[0], (tuple(PROJECTIONS["rescale"].items()),), **more).build()
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_workspace_that_is_too_small_is_refused_before_anything_is_written(dry_run: bool) -> None:
+    call = simple()
+    size, _ = torch.ops.fastwrs.step_plan(*call.args())
+    before = call.written()
+    for elements in (0, 3, (size - 1) // 4):
+        call.workspace = torch.zeros(elements)
+        with pytest.raises(RuntimeError, match=f"the workspace has {4 * elements} bytes, the step needs {size}"):
+            torch.ops.fastwrs.step(*call.args(), dry_run)
+    assert all(map(torch.equal, call.written(), before))
+    assert emulated.counts().launches == 0
+
+
+def test_a_dry_run_launches_nothing() -> None:
+    call = simple()
+    size, _ = torch.ops.fastwrs.step_plan(*call.args())
+    call.workspace = torch.zeros((size + 3) // 4)
+    before = call.written()
+    emulated.counts()
+    torch.ops.fastwrs.step(*call.args(), True)
+    assert emulated.counts().launches == 0
+    assert all(map(torch.equal, call.written(), before))
+
+
+@pytest.mark.parametrize("found", [1.0, 2.0, -1.0, 1e-30, math.inf, math.nan])
+@pytest.mark.parametrize("option", list(RULES))
+def test_any_found_inf_skips_everything(found: float, option: str) -> None:
+    call = simple(found_inf=found, grad_scale=8.0)
+    before = call.written()
+    emulated.run(call)
+    assert all(map(torch.equal, call.written(), before)), option
+
+
+def test_the_schedule_follows_the_steps_on_the_device() -> None:
+    """As in a replayed graph: the very same arguments, five times; the kernel sees from the step what is due."""
+    tensors = TensorCase((40, 50), t=1), TensorCase((3, 70001), "out", t=1)
+    rescale = tuple(PROJECTIONS["every3"].items())
+    call = Case("replay", "sgd", tensors, DTYPES[0], (rescale,), measured=False).build()
+    hits = []
+    for _ in range(7):
+        emulated.run(call)
+        worst = max(float((p.double().norm(dim=1) / 0.7 - 1).abs().max()) for p in call.params)
+        hits.append(worst < 3e-7)
+    assert hits == [False, False, True, False, False, True, False]
+    assert [float(step) for step in call.steps] == [7.0, 7.0]
+
+
+def test_the_emulator_runs_what_is_said() -> None:
+    """Self-test: an extension with other kernels would count nothing."""
+    assert "fastwrs_emulation_counts" not in os.environ
+    emulated.counts()
+    emulated.run(simple())
+    seen = emulated.counts()
+    assert seen.launches == 4 and seen.read > 20 * (2000 + 210003) > seen.written

@@ -1,0 +1,169 @@
+"""Kernels broken on purpose: the emulated lane has to notice, by wrong values, by its own checks, or as a named race.
+
+Every barrier is removed in turn, which also shows that no kernel has one too many.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import run_lanes
+from emulated import PASSED
+
+pytestmark = pytest.mark.emulated_control
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS, TILES = "csrc/cuda/kernels.cuh", "csrc/cuda/tiles.cuh"
+NEIGHBOUR = "(unit ? unit - 1 : 0)"
+OBJECTS = ("kernels_0.o", "kernels_2.o")  # the triples of emulated.small_cases
+THREADS = "64"
+
+
+class Mutant(NamedTuple):
+    """One fault, and what has to be said about it (empty: anything but that all is well)."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    thread_sanitizer: bool = False
+    message: str = ""
+
+
+def barrier(comment: str, file: str = KERNELS, *, race: bool = True, message: str = "") -> Mutant:
+    old = f"barrier();  // {comment}"
+    return Mutant(f"no barrier: {comment}", file, old, "", race, message or "data race" * race)
+
+
+MUTANTS = (
+    barrier("the values are complete"),
+    barrier("the partial sums are complete"),
+    barrier("the factors are complete"),
+    barrier("the sums of the lanes are complete"),
+    barrier("the sums of the warps are complete", TILES),
+    barrier("all threads of this block have read their step", TILES, race=False, message="a ticket is taken while"),
+    Mutant("no barrier before steps advance", TILES, "if (!barrier_any(last)) return;", "if (!last) return;"),
+    Mutant("a bound off by one", TILES, "tile.base < size ?", "tile.base + 1 < size ?"),
+    Mutant("no bound", TILES, "numel - tile.base < size ? entry.numel - tile.base : size", "tile * 0 + size"),
+    Mutant("no mask on the tail", TILES, "(tile.width - head) / kVector", "(tile.width - head) / kVector + 1"),
+    Mutant("no tail", TILES, "const uint32_t covered = per_run * kVector,", "const uint32_t covered = tile.width,"),
+    Mutant("a moment is not started", KERNELS, "moment_.t == C(1) || (entry_.flags & kFresh)", "false"),
+    Mutant("a late moment is not started", KERNELS, " || (entry_.flags & kFresh)", ""),
+    Mutant("the sum of the neighbour", TILES, "[unit * tile.unit_size", f"[{NEIGHBOUR} * tile.unit_size"),
+    Mutant("the factor of the neighbour", TILES, "factors + unit * cols", f"factors + {NEIGHBOUR} * cols"),
+    Mutant("a step advanced too early", TILES, "== block_count() - 1", "== 0"),
+    Mutant("a ticket is kept", TILES, "store(header.ticket, 0u)", "store(header.ticket, 1u)"),
+    Mutant("the schedule of the step before", TILES, "(step)) + C(1)", "(step))"),
+    Mutant("an overflow of two devices counts", KERNELS, "(header.found_inf) != 0", "(header.found_inf) == 1"),
+    Mutant("vectors anywhere", TILES, "(address) % kWordBytes == 0", "(address) != 0"),
+    Mutant("only the first weights are scaled", KERNELS, "factors += groups_of<1, kWalk>(entry).first;", ""),
+    Mutant("partial sums of one kind", KERNELS, "k * int64_t(entry_.partial.per_sum) + first", "first"),
+    Mutant("no compensation", TILES, "is_finite(next) ? (next - sum) - y : C(0)", "C(0)"),
+    Mutant("twice the lr of double tensors", TILES, "magnitude - (896ull << 52)", "magnitude - (895ull << 52)"),
+    Mutant("a row is left out", TILES, "row += lanes) {\n", "row += lanes + (row > 0)) {\n"),
+)
+UNBROKEN = (Mutant("unbroken", KERNELS, "", ""), Mutant("unbroken under ThreadSanitizer", KERNELS, "", "", True))
+
+
+class Control:
+    """Builds mutants and runs the emulated cases with them, several at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pool = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))))
+        self.bases: dict[bool, Future[Path]] = {}
+        self.verdicts: dict[Mutant, Future[str]] = {}
+
+    def submit(self, asked: list[Mutant]) -> None:
+        for thread_sanitizer in sorted({mutant.thread_sanitizer for mutant in asked}):
+            self.bases[thread_sanitizer] = self.pool.submit(self.base, thread_sanitizer)
+        for mutant in asked:
+            self.verdicts[mutant] = self.pool.submit(self.verdict, mutant, len(self.verdicts))
+
+    def base(self, thread_sanitizer: bool) -> Path:
+        """The sources, and a build without a fault."""
+        folder = self.folder / ("thread" if thread_sanitizer else "plain")
+        for part in ("csrc", "fastwrs", "tests/emulation", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+            (folder / part).parent.mkdir(parents=True, exist_ok=True)
+            copy(ROOT / part, folder / part)
+        run_lanes.build_emulated(folder, "thread" if thread_sanitizer else "")
+        return folder
+
+    def verdict(self, mutant: Mutant, number: int) -> str:
+        """What the cases say about a mutant. Only the objects that the fault changes are compiled again."""
+        base = self.bases[mutant.thread_sanitizer].result()
+        folder = self.folder / f"mutant{number}"
+        shutil.copytree(base, folder)
+        source = folder / mutant.file
+        text = source.read_text(encoding="utf-8")
+        assert not mutant.old or text.count(mutant.old) == 1, f"{mutant.file} has it {text.count(mutant.old)} times"
+        source.write_text(text.replace(mutant.old, mutant.new) if mutant.old else text, encoding="utf-8")
+        for command in self.commands(folder):
+            subprocess.run(
+                command.replace(str(base), str(folder)), shell=True, cwd=folder / "build/objects", check=True
+            )
+        environment = run_lanes.emulated_environment(folder, "thread" if mutant.thread_sanitizer else "")
+        command = [sys.executable, ROOT / "tests/emulated.py", THREADS if mutant.thread_sanitizer else "256"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, **environment}, check=False, timeout=300
+        )
+        shutil.rmtree(folder)
+        said = done.stdout + done.stderr
+        return said if done.returncode else said + "\nexit status 0"
+
+    @staticmethod
+    def commands(folder: Path) -> Iterator[str]:
+        """How ninja would compile the objects, and link."""
+        ninja = [sys.executable, "-m", "ninja", "-t", "commands"]
+        for target in ([name] for name in OBJECTS):
+            listed = subprocess.run(
+                [*ninja, *target], cwd=folder / "build/objects", capture_output=True, text=True, check=True
+            )
+            yield listed.stdout.splitlines()[-1]
+        listed = subprocess.run(ninja, cwd=folder / "build/objects", capture_output=True, text=True, check=True)
+        yield listed.stdout.splitlines()[-1]
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def control(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Control]:
+    control = Control(tmp_path_factory.mktemp("emulated").resolve())
+    selected = [getattr(item, "callspec", None) for item in request.session.items]
+    control.submit([spec.params["mutant"] for spec in selected if spec and "mutant" in spec.params])
+    yield control
+    control.close()
+    shutil.rmtree(control.folder)
+
+
+by_name = partial(pytest.mark.parametrize, "mutant", ids=lambda mutant: mutant.name.replace(" ", "_"))
+
+
+@by_name(UNBROKEN)
+def test_the_unbroken_build_passes(control: Control, mutant: Mutant) -> None:
+    said = control.verdicts[mutant].result()
+    assert PASSED in said and said.endswith("exit status 0"), said
+
+
+@by_name(MUTANTS)
+def test_caught(control: Control, mutant: Mutant) -> None:
+    said = control.verdicts[mutant].result()
+    print("\n".join(said.splitlines()[-40:]))
+    assert not said.endswith("exit status 0"), "this mutant survives: the lane has a hole"
+    assert mutant.message in said
+
+
+def test_every_barrier_has_a_mutant() -> None:
+    """A barrier that is added without one is not shown to be needed."""
+    there = sum((ROOT / file).read_text(encoding="utf-8").count("  barrier();") for file in (KERNELS, TILES))
+    assert there == sum(mutant.old.startswith("barrier();") for mutant in MUTANTS)
