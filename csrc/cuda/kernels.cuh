@@ -13,7 +13,7 @@
 namespace fastwrs::cuda {
 
 // Threads of a block at most, and how many blocks of so many a multiprocessor should have registers for.
-constexpr uint32_t kMostThreads = 256, kResidentBlocks = 3;
+constexpr uint32_t kMostThreads = 256, kResidentBlocks = 2;
 
 // ---- the step ------------------------------------------------------------------------------------------------------
 
@@ -28,18 +28,18 @@ class Stepper {
       : header_(params.header),
         entry_(params.entries[tensor]),
         record_(record_of<RuleRecord>(params, params.entries[tensor].record)) {
-    moment_ = moment_of(record_.control, entry_.step);
-    scalars_ = Rule::prepare(record_.constants, moment_.lr, moment_.t, moment_.t == C(1) || (entry_.flags & kFresh));
-    maximize_ = record_.control.maximize;
-    scale_ = header_.grad_scale ? C(load_shared_by_all(header_.grad_scale)) : C(1);
-    about_ = entry_.measure == kNone ? nullptr : pool_of(params) + entry_.measure;
+    const Moment<C> moment = moment_of(record_.control, entry_.step);
+    scalars_ = Rule::prepare(record_.constants, moment.lr, moment.t, moment.t == C(1) || (entry_.flags & kFresh));
+    rescale_ = moment.rescale;
+    shrink_ = moment.shrink;
+    pool_ = pool_of(params);
     walk_ = kWalk ? pool_of(params) + entry_.cols : nullptr;
     tile_ = tile_of<kArrays, kWalk>(header_, entry_);
-    wants_ = entry_.kind == TileKind::kElements ? 0 : wanted_sums(moment_, about_ != nullptr);
+    wants_ = entry_.kind == TileKind::kElements ? 0 : wanted_sums(rescale_, shrink_, is_measured());
     // One group and one sum: the threads collect it while they update. Otherwise sums are taken from lists on chip.
-    sums_at_once_ = tile_.cols == 1 && tile_.unit_size == tile_.n && !about_;
+    sums_at_once_ = tile_.cols == 1 && tile_.unit_size == tile_.n && !is_measured();
     const bool whole_groups = entry_.kind == TileKind::kUnits || entry_.kind == TileKind::kStrip;
-    holds_ = whole_groups && (moment_.rescale || moment_.shrink);
+    holds_ = whole_groups && (rescale_ || shrink_);
   }
 
   FASTWRS_DEVICE void run() {
@@ -51,15 +51,15 @@ class Stepper {
     if (sums_at_once_) {
       const C sum = sum_over_block(sum_.sum, partial);
       if (entry_.kind == TileKind::kPartial) {
-        if (thread_index() == 0) leave_sum(moment_.rescale ? kUpdated : kBefore, 0, sum);
+        if (thread_index() == 0) leave_sum(rescale_ ? kUpdated : kBefore, 0, sum);
         return;
       }
-      const C norm = square_root(sum), factor = projection_factor(moment_.projection(record_.control), norm, norm);
+      const C norm = square_root(sum), factor = projection_factor(projection(), norm, norm);
       write_weights([factor](uint32_t) { return Constant{factor}; });
       return;
     }
     barrier();  // the values are complete
-    sum_groups<C>(tile_, values_, wants_, partial);
+    sum_groups<C>(tile_, lists_, wants_, partial);
     barrier();  // the partial sums are complete
     const uint32_t lanes = lanes_for(groups, thread_count());
     C* factors = on_chip<C>(factors_);
@@ -90,6 +90,8 @@ class Stepper {
     FASTWRS_DEVICE C next() const { return factor; }
   };
 
+  FASTWRS_DEVICE bool is_measured() const { return entry_.measure != kNone; }
+  FASTWRS_DEVICE Projection<C> projection() const { return projection_of(record_.control, rescale_, shrink_); }
   FASTWRS_DEVICE P* param() const { return static_cast<P*>(entry_.data[0]); }
   FASTWRS_DEVICE G* grad() const { return static_cast<G*>(entry_.data[1]); }
   FASTWRS_DEVICE S* state(int s) const { return static_cast<S*>(entry_.data[2 + s]); }
@@ -103,17 +105,13 @@ class Stepper {
 #pragma unroll
       for (int s = 0; s < kSlots; ++s) aligned_ |= is_aligned(state(s) + first) ? 2u << s : 0;
     }
-    const uint32_t staged = (sums_at_once_ ? 0 : wants_) | (holds_ ? 1u << kUpdated : 0);
+    lists_.there = (sums_at_once_ ? 0 : wants_) | (holds_ ? 1u << kUpdated : 0);
     uint32_t wanted = 0;
     for (int k = 0; k < kSums; ++k) wanted = wants_ >> k & 1 ? k + 1 : wanted;
     factors_ = round_to_words(wanted * sums_per_kind(groups) * uint32_t(sizeof(C)));
-    uint32_t at = factors_ + round_to_words(groups * uint32_t(sizeof(C)));
     const uint32_t shift = (kVector - cut_.head % kVector) % kVector;
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-      values_[k] = staged >> k & 1 ? at + shift * uint32_t(sizeof(C)) : 0;
-      if (staged >> k & 1) at += values_bytes<C>(tile_.n);
-    }
+    lists_.first = factors_ + round_to_words(groups * uint32_t(sizeof(C))) + shift * uint32_t(sizeof(C));
+    lists_.bytes = values_bytes<C>(tile_.n);
   }
   FASTWRS_DEVICE uint32_t sums_per_kind(uint32_t groups) const {
     return sums_at_once_ ? thread_count() / kWarp : groups * lanes_for(groups, thread_count());
@@ -164,9 +162,13 @@ class Stepper {
     for (int j = 0; j < N; ++j) {
       weight[j] = widen(w[j]);
       gradient[j] = widen(g[j]);
-      if (header_.grad_scale) g[j] = narrow(gradient[j] = quotient(gradient[j], scale_), G());
     }
-    if (header_.grad_scale) write(grad(), element, 1, g);
+    if (header_.grad_scale) {
+      const C scale = C(load_shared_by_all(header_.grad_scale));
+#pragma unroll
+      for (int j = 0; j < N; ++j) g[j] = narrow(gradient[j] = quotient(gradient[j], scale), G());
+      write(grad(), element, 1, g);
+    }
     collect<N>(kBefore, place, weight);
     collect<N>(kGrad, place, gradient);
 #pragma unroll
@@ -174,7 +176,9 @@ class Stepper {
       C states[kSlots == 0 ? 1 : kSlots];
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) states[k] = widen(s[k][j]);
-      gradient[j] = Rule::template update<kSlots>(weight[j], maximize_ ? -gradient[j] : gradient[j], states, scalars_);
+      const C u = Rule::template update<kSlots>(weight[j], record_.control.maximize ? -gradient[j] : gradient[j],
+                                                states, scalars_);
+      if (lists_.there >> kUpdate & 1) on_chip<C>(lists_.of(kUpdate))[place + j] = u;
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) s[k][j] = narrow(states[k], S());
       w[j] = narrow(weight[j], P());
@@ -185,7 +189,6 @@ class Stepper {
     for (int k = 0; k < kSlots; ++k) write(state(k), element, 2 + k, s[k]);
     if (!holds_) write(param(), element, 0, w, entry_.kind == TileKind::kPartial);
     collect<N>(kUpdated, place, weight);
-    collect<N>(kUpdate, place, gradient);
   }
 
   // Adds squares to the thread's sum, or leaves the values on chip.
@@ -195,7 +198,7 @@ class Stepper {
 #pragma unroll
       for (int j = 0; j < N; ++j) sum_.add(x[j] * x[j]);
     }
-    if (values_[k]) put_on_chip(on_chip<C>(values_[k]) + place, x);
+    if (lists_.there >> k & 1) put_on_chip(on_chip<C>(lists_.of(k)) + place, x);
   }
 
   // The factor of a group of this tile, from its sums of squares.
@@ -203,11 +206,11 @@ class Stepper {
     C norm[kSums];
 #pragma unroll
     for (int k = 0; k < kSums; ++k) norm[k] = square_root(sums[k]);
-    const Projection<C> projection = moment_.projection(record_.control);
-    const C factor = projection_factor(projection, norm[kBefore], norm[kUpdated]);
-    if (about_) {
+    const Projection<C> how = projection();
+    const C factor = projection_factor(how, norm[kBefore], norm[kUpdated]);
+    if (is_measured()) {
       const int64_t first = groups_of<kArrays, kWalk>(entry_).first;
-      measure(measured_row(header_, about_, first + group), norm, factor, projection);
+      measure(measured_row(header_, pool_ + entry_.measure, first + group), norm, factor, how);
     }
     return factor;
   }
@@ -229,7 +232,7 @@ class Stepper {
   FASTWRS_DEVICE void write_scaled(int64_t element, uint32_t place, Next factors) const {
     P w[N];
     C x[N];
-    take_from_chip(on_chip<C>(values_[kUpdated]) + place, x);
+    take_from_chip(on_chip<C>(lists_.of(kUpdated)) + place, x);
 #pragma unroll
     for (int j = 0; j < N; ++j) w[j] = narrow(x[j] * factors.next(), P());
     write(param(), element, 0, w);
@@ -239,15 +242,14 @@ class Stepper {
   const Entry<kArrays>& entry_;
   const RuleRecord& record_;
   typename Rule::template Scalars<C> scalars_;
-  Moment<C> moment_;
   Tile tile_;
-  const int64_t *about_, *walk_;
-  C scale_;
-  uint32_t values_[kSums], factors_;  // places on chip; 0: there is no such list
+  const int64_t *pool_, *walk_;
+  Lists lists_;
+  uint32_t factors_;  // where on chip
   Compensated<C> sum_;
   Cut cut_;
   uint32_t aligned_ = 0, wants_;
-  bool maximize_, sums_at_once_, holds_;
+  bool rescale_, shrink_, sums_at_once_, holds_;
 };
 
 // Any non-zero found_inf, NaN too, skips everything.
@@ -275,9 +277,9 @@ FASTWRS_DEVICE void finish_sums(const Params<1>& params, uint32_t tensor) {
   const Entry<1>& entry = params.entries[tensor];
   const Control<C>& control = record_of<Control<C>>(params, entry.record);
   const Moment<C> moment = moment_of(control, entry.step);
-  const Projection<C> projection = moment.projection(control);
+  const Projection<C> projection = projection_of(control, moment.rescale, moment.shrink);
   const int64_t* about = entry.measure == kNone ? nullptr : pool_of(params) + entry.measure;
-  const uint32_t wants = wanted_sums(moment, about != nullptr);
+  const uint32_t wants = wanted_sums(moment.rescale, moment.shrink, about != nullptr);
   if (wants == 0) return;
 
   // Partial sums lie [sum][unit][row of tiles][column]; behind them is a factor for each group.

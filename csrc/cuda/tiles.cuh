@@ -68,23 +68,29 @@ template <class C>
 struct Moment {
   C lr, t;
   bool rescale, shrink;
-
-  // Made where it is needed: the numbers in it come from constant memory, and need no registers until then.
-  FASTWRS_DEVICE Projection<C> projection(const Control<C>& c) const {
-    Projection<C> p;
-    p.rescale = rescale;
-    p.shrink = shrink;
-    p.target = c.target;
-    p.lr_rate = lr * c.rate;
-    p.power = c.power;
-    return p;
-  }
 };
+
+template <class C>
+FASTWRS_DEVICE C lr_of(const Control<C>& c) {
+  return c.lr_data ? read_number(c.lr_data, c.lr_is_double, C()) : c.lr;
+}
+
+// Made where it is needed, from constant memory: kernels are short of registers until then.
+template <class C>
+FASTWRS_DEVICE Projection<C> projection_of(const Control<C>& c, bool rescale, bool shrink) {
+  Projection<C> p;
+  p.rescale = rescale;
+  p.shrink = shrink;
+  p.target = c.target;
+  p.lr_rate = shrink ? lr_of(c) * c.rate : C(0);
+  p.power = c.power;
+  return p;
+}
 
 template <class C>
 FASTWRS_DEVICE Moment<C> moment_of(const Control<C>& c, const float* step) {
   Moment<C> m;
-  m.lr = c.lr_data ? read_number(c.lr_data, c.lr_is_double, C()) : c.lr;
+  m.lr = lr_of(c);
   m.t = C(load_shared_by_all(step)) + C(1);
   const auto p = Projection<C>::at(m.t, m.lr, c.every, c.start, c.stop, c.target, c.rate, c.power);
   m.rescale = p.rescale;
@@ -93,10 +99,9 @@ FASTWRS_DEVICE Moment<C> moment_of(const Control<C>& c, const float* step) {
 }
 
 // The sums of a group that this step needs, as bits.
-template <class C>
-FASTWRS_DEVICE uint32_t wanted_sums(const Moment<C>& moment, bool measured) {
+FASTWRS_DEVICE uint32_t wanted_sums(bool rescale, bool shrink, bool measured) {
   if (measured) return (1u << kSums) - 1;
-  return (moment.shrink ? 1u << kBefore : 0) | (moment.rescale ? 1u << kUpdated : 0);
+  return (shrink ? 1u << kBefore : 0) | (rescale ? 1u << kUpdated : 0);
 }
 
 // Row of the norm buffer for the group at place `index` of the walk.
@@ -135,9 +140,8 @@ FASTWRS_DEVICE void advance_steps(const Params<kArrays>& params) {
     if (entry.kind != TileKind::kElements || entry.numel != 0 || entry.measure == kNone) continue;
     const int64_t* about = pool_of(params) + entry.measure;
     for (int64_t group = 0; group < about[kGroups]; ++group) {
-      float values[kMeasured];
-      write_measured_of_nothing(values);
-      for (int k = 0; k < kMeasured; ++k) store(measured_row(header, about, group) + k, values[k]);
+      float* row = measured_row(header, about, group);
+      for (int k = 0; k < kMeasured; ++k) store(row + k, measured_of_nothing(k));
     }
   }
 }
@@ -245,6 +249,7 @@ FASTWRS_DEVICE void for_elements(const Tile& tile, const Cut& cut, const VectorB
   const bool one_run = tile.width == tile.n;
   const uint32_t head = cut.head, per_run = cut.vectors ? (tile.width - head) / kVector : 0;
   const uint32_t runs = one_run ? 1 : tile.n / tile.width;
+#pragma unroll 1  // a second turn at a time would not leave registers for three blocks
   for (uint32_t v = thread_index(); v < per_run * runs; v += thread_count()) {
     const uint32_t run = one_run ? 0 : v / per_run;
     const uint32_t place = head + (v - run * per_run) * kVector;
@@ -252,6 +257,7 @@ FASTWRS_DEVICE void for_elements(const Tile& tile, const Cut& cut, const VectorB
   }
   // What no vector covers: with several runs that is everything or nothing.
   const uint32_t covered = per_run * kVector, rest = (tile.width - covered) * runs;
+#pragma unroll 1
   for (uint32_t i = thread_index(); i < rest; i += thread_count()) {
     const uint32_t run = one_run ? 0 : i / tile.width, j = i - run * tile.width;
     const uint32_t place = j < head ? j : j + covered;
@@ -278,6 +284,18 @@ template <class C>
 FASTWRS_DEVICE C* on_chip(uint32_t bytes) {
   return reinterpret_cast<C*>(shared_memory() + bytes);
 }
+
+// The lists of a tile's values on chip, one behind the other: for sum k, if bit k of `there` is set.
+struct Lists {
+  uint32_t first, bytes, there;
+
+  FASTWRS_DEVICE uint32_t of(int k) const {
+    uint32_t before = 0;
+#pragma unroll
+    for (int j = 0; j < k; ++j) before += there >> j & 1;
+    return first + before * bytes;
+  }
+};
 
 // One value, or whole words of them.
 template <int N, class C>
@@ -317,11 +335,11 @@ FASTWRS_DEVICE C sum_over_block(C x, C* scratch) {
   return sum;
 }
 
-// Sums of squares of the groups of a tile. values[k]: where on chip its values for sum k are. Lanes share a group;
+// Sums of squares of the groups of a tile, from its lists of values. Lanes share a group;
 // consecutive threads take consecutive values. Leaves partial sums [sum][lane][group]; finish with sum_of_lanes after a
 // barrier.
 template <class C>
-FASTWRS_DEVICE void sum_groups(const Tile& tile, const uint32_t (&values)[kSums], uint32_t wants, C* partial) {
+FASTWRS_DEVICE void sum_groups(const Tile& tile, const Lists& lists, uint32_t wants, C* partial) {
   const uint32_t groups = tile.n / tile.unit_size * tile.cols, rows = tile.unit_size / tile.cols;
   const uint32_t lanes = lanes_for(groups, thread_count());
   for (uint32_t task = thread_index(); task < groups * lanes; task += thread_count()) {
@@ -331,8 +349,9 @@ FASTWRS_DEVICE void sum_groups(const Tile& tile, const uint32_t (&values)[kSums]
     for (int k = 0; k < kSums; ++k) {
       if (!(wants >> k & 1)) continue;
       Compensated<C> sum;
+      const C* values = on_chip<C>(lists.of(k));
       for (uint32_t row = lane; row < rows; row += lanes) {
-        const C x = on_chip<C>(values[k])[unit * tile.unit_size + row * tile.cols + col];
+        const C x = values[unit * tile.unit_size + row * tile.cols + col];
         sum.add(x * x);
       }
       partial[(k * lanes + lane) * groups + group] = sum.sum;
