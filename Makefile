@@ -1,10 +1,10 @@
-# make demo | test | bench | lint | format | clean        PYTHON=python3.12 make ... picks another Python (3.10 or newer)
+# make demo | test | bench | sass | gpu | lint | format | clean        PYTHON=python3.12 make ... picks another Python (3.10 or newer)
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 PINS := -c requirements/ci.txt
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
-CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' 2>/dev/null)
+CPP := $(shell find csrc tests/cpp tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 # With and without a compiler are two different builds, so that installing one is noticed.
 COMPILER := $(shell command -v $(firstword $(CXX)) || command -v c++ || command -v g++ || command -v clang++)
@@ -14,7 +14,7 @@ BUILT := $(VENV)/.built$(if $(COMPILER),,-without-compiler)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 unexport PYTHONPATH
 
-.PHONY: demo test bench lint format clean help
+.PHONY: demo test bench sass gpu lint format clean help
 help:
 	@sed -n 1p Makefile
 
@@ -26,6 +26,15 @@ test: $(BUILT) $(VENV)/.tools
 
 bench: $(BUILT) $(VENV)/.tools
 	$(VENV)/bin/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname $(BENCH)
+
+sass: $(BUILT) $(VENV)/.tools
+	$(VENV)/bin/python tests/sass.py --write docs/sass.md
+
+# On a machine with a GPU and no network: nothing is installed, so this Python has to have torch. See bench/README.md.
+gpu:
+	@test -n "$(OUT)" || { echo 'make gpu OUT=folder [PART="build tests ..."] [MINUTES=9] [DONE=records] [REHEARSE=1]'; exit 1; }
+	$(PYTHON) bench/gpu_parts.py --out "$(OUT)" $(if $(PART),--part $(PART)) $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(DONE),--done $(DONE)) $(if $(REHEARSE),--rehearse)
 
 lint: $(BUILT) $(VENV)/.tools
 	$(VENV)/bin/python tests/run_lanes.py lint

@@ -71,17 +71,28 @@ def cuda_root(nvcc: str) -> Path:
     return Path(tops[0]) if tops else Path(nvcc).resolve().parents[1]
 
 
+def cuda_arches() -> str:
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHES
+
+
+def listed_arches(arches: str) -> list[tuple[str, str, str]]:
+    """(major, minor, "+PTX" or nothing) of a list in the form of TORCH_CUDA_ARCH_LIST."""
+    found = []
+    for arch in filter(None, arches.replace(" ", ";").split(";")):
+        match = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", arch)
+        if not match:
+            raise SystemExit(f"fastwrs: TORCH_CUDA_ARCH_LIST has {arch!r}; allowed are numbers like 8.0 or 9.0+PTX")
+        found.append((match[1], match[2], match[3] or ""))
+    return found
+
+
 def gencodes(arches: str) -> str:
-    """nvcc's flags for a list in the form of TORCH_CUDA_ARCH_LIST."""
+    """nvcc's flags for such a list."""
     flags = []
-    for arch in arches.replace(" ", ";").split(";"):
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
-        if arch and not match:
-            raise SystemExit(f"fastwrs: TORCH_CUDA_ARCH_LIST has {arch!r}; allowed are numbers like 8.0, 9.0a or 9.0+PTX")
-        if match:
-            number = match[1] + match[2] + match[3]
-            flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
-            flags += [f"-gencode arch=compute_{number},code=compute_{number}"] if match[4] else []
+    for major, minor, ptx in listed_arches(arches):
+        number = major + minor
+        flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
+        flags += [f"-gencode arch=compute_{number},code=compute_{number}"] if ptx else []
     return " ".join(flags)
 
 
@@ -134,7 +145,7 @@ def ninja_file(compiler: str, torch: Path, output: Path) -> str:
     if nvcc or emulated:
         rule = "compile"
         if nvcc:
-            arches = gencodes(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHES)
+            arches = gencodes(cuda_arches())
             rule = "nvcc"
             lines += [
                 "rule nvcc",
@@ -150,7 +161,8 @@ def ninja_file(compiler: str, torch: Path, output: Path) -> str:
             lines.append(f"build {objects[-1]}: {rule} {root / KERNELS}\n  isa = -DFASTWRS_TRIPLE_INDEX={triple}")
         if nvcc:
             objects.append("launch.o")
-            lines.append(f"build {objects[-1]}: nvcc {root / LAUNCH}")
+            known = "".join(f"v{int(a):02}{b}{int(bool(ptx))}" for a, b, ptx in listed_arches(cuda_arches()))
+            lines.append(f"build {objects[-1]}: nvcc {root / LAUNCH}\n  isa = -DFASTWRS_CUDA_ARCHES={known}")
     lines.append(f"build {output.resolve()}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 

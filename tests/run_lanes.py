@@ -46,8 +46,9 @@ def pytest_(markers: str, *arguments: str, **environment: str) -> int:
 
 def lint() -> int:
     scripts = Path(sys.executable).parent
-    folders = (ROOT / "csrc", ROOT / "tests" / "cpp")
-    sources = sorted(str(p) for folder in folders for p in folder.rglob("*") if p.suffix in {".h", ".cpp"})
+    folders = (ROOT / "csrc", ROOT / "tests" / "cpp", ROOT / "tests" / "emulation")
+    suffixes = {".h", ".cpp", ".cu", ".cuh"}
+    sources = sorted(str(p) for folder in folders for p in folder.rglob("*") if p.suffix in suffixes)
     checks = (
         ("ruff", "check", "."),
         ("ruff", "format", "--check", "."),
@@ -125,7 +126,8 @@ LANES = (
     Lane("sanitizers", 200, sanitizers),
     Lane("negative control", 200, lambda: pytest_("negative_control")),
     Lane("emulated", 240, emulated),
-    Lane("emulated control", 240, lambda: pytest_("emulated_control")),
+    Lane("emulated control", 300, lambda: pytest_("emulated_control")),
+    Lane("compiled", 300, lambda: pytest_("compiled")),
 )
 
 
@@ -136,6 +138,9 @@ def main(names: list[str]) -> int:
         sys.exit("make test needs a C++ compiler (on Debian: apt-get install g++), or set CXX")
     if why := output(sys.executable, "-c", "import fastwrs; print(fastwrs.backends()['cpu'] or '')"):
         sys.exit(f"the cpu backend cannot run, so its tests cannot: {why}")
+    code = "import torch; from fastwrs import library; library.load(); print(torch.ops.fastwrs.cuda_why_not())"
+    if "built without CUDA" in (why := output(sys.executable, "-c", code)):
+        sys.exit(f"make test needs the CUDA kernels, and nvcc to look at them: {why} (install the toolkit, make again)")
     rows = []
     for lane in LANES:
         if names and lane.name not in names:

@@ -25,6 +25,7 @@ from fastwrs.plan import StepCall
 from fastwrs.spec import RULES
 
 pytestmark = pytest.mark.emulated
+CUDA: Any = dispatch._MODULES["cuda"]
 KIB = 1024
 
 
@@ -86,7 +87,7 @@ BYTES = {(ADAMW, "s"): (28, 36), (SGD, "s"): (20, 28), (ADAMW, "b"): (14, 18), (
 
 
 def bytes_per_parameter(option: str, dtypes: tuple[str, str, str], shape: Any, axis: Any, layout: str) -> float:
-    tensor = TensorCase(shape, axis, (layout,) * 3)
+    tensor = TensorCase(shape, axis, (layout, layout, layout))
     case = Case("bytes", option, (tensor,), dtypes, (tuple(PROJECTIONS["rescale"].items()),), measured=False)
     call = case.build()
     emulated.counts()
@@ -159,6 +160,57 @@ def test_a_group_per_parameter_is_one_launch_too() -> None:
     assert seen == [1]
 
 
+# ---- through the optimizer ------------------------------------------------------------------------------------------
+
+
+def optimizers(name: str, backend: str, patch: pytest.MonkeyPatch) -> tuple[Any, list[torch.nn.Parameter]]:
+    """A script's optimizer on one of the backends; the emulated kernels stand for a GPU's."""
+    patch.setattr(CUDA, "why_not", lambda *_: None)
+    torch.manual_seed(3)
+    shapes = ((40, 50), (8, 3, 3, 3), (3, 70001), (17,), (0, 4))
+    params = [torch.nn.Parameter(torch.randn(shape).mul_(0.1)) for shape in shapes]
+    rescale = fastwrs.Rescale(every=2, target=1.5)
+    groups = [{"params": params[:3], "rescale": rescale}, {"params": params[3:], "lr": torch.tensor(0.02)}]
+    return getattr(fastwrs, name)(groups, lr=0.05, backend=backend), params
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_an_optimizer_on_this_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the reference, with a skipped step among the others; the workspace is made once and kept."""
+    runs = []
+    for backend in ("cuda", "reference"):
+        optimizer, params = optimizers(name, backend, monkeypatch)
+        kept = set()
+        for step in range(5):
+            torch.manual_seed(step)
+            for param in params:
+                param.grad = torch.randn(param.shape)
+            optimizer.found_inf = torch.tensor(float(step == 2))
+            optimizer.step()
+            kept |= {bundle.workspace for plan in optimizer._plans for bundle in plan.bundles}
+        assert [state["step"].item() for state in optimizer.state.values()] == [4.0] * len(params)
+        assert len(kept) == 1 and (backend == "reference") == (None in kept)
+        runs.append(params)
+    for ours, expected in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_workspace_that_has_become_too_small_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, params = optimizers("AdamW", "cuda", monkeypatch)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn(param.shape)
+        optimizer.step()
+    (bundle,) = optimizer._plans[0].bundles
+    needed = bundle.workspace.numel()
+    bundle.workspace = torch.zeros(4)
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    assert bundle.workspace.numel() == needed
+    assert not any(map(torch.equal, before[:4], params[:4]))
+    assert optimizer.state[params[0]]["step"].item() == 3
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +224,7 @@ def test_a_workspace_that_is_too_small_is_refused_before_anything_is_written(dry
     call = simple()
     size, _ = torch.ops.fastwrs.step_plan(*call.args())
     before = call.written()
+    emulated.counts()
     for elements in (0, 3, (size - 1) // 4):
         call.workspace = torch.zeros(elements)
         with pytest.raises(RuntimeError, match=f"the workspace has {4 * elements} bytes, the step needs {size}"):

@@ -14,7 +14,7 @@ import setuptools
 import fastwrs
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = {".py", ".md", ".toml", ".txt", ".h", ".cpp", ".jsonl", ""}
+TEXT = {".py", ".md", ".toml", ".txt", ".h", ".cpp", ".cu", ".cuh", ".jsonl", ""}
 
 
 def files() -> list[Path]:
@@ -140,7 +140,7 @@ def test_only_the_package_is_installed():
 
 
 def test_files_are_short_enough_to_read():
-    sources = [path for path in files() if path.suffix in {".py", ".h", ".cpp"}]
+    sources = [path for path in files() if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}]
     assert [path.name for path in sources if len(path.read_text(encoding="utf-8").splitlines()) > 600] == []
 
 

@@ -63,6 +63,7 @@ class Stepper {
     barrier();  // the partial sums are complete
     const uint32_t lanes = lanes_for(groups, thread_count());
     C* factors = on_chip<C>(factors_);
+#pragma unroll 1
     for (uint32_t group = thread_index(); group < groups; group += thread_count()) {
       C sums[kSums];
 #pragma unroll
@@ -316,6 +317,7 @@ FASTWRS_DEVICE void finish_sums(const Params<1>& params, uint32_t tensor) {
     return;
   }
   const uint32_t lanes = lanes_for(groups, thread_count());
+#pragma unroll 1
   for (uint32_t task = thread_index(); task < groups * lanes; task += thread_count()) {
     const uint32_t group = task % groups, lane = task / groups;
 #pragma unroll
@@ -327,6 +329,7 @@ FASTWRS_DEVICE void finish_sums(const Params<1>& params, uint32_t tensor) {
     }
   }
   barrier();  // the sums of the lanes are complete
+#pragma unroll 1
   for (uint32_t group = thread_index(); group < groups; group += thread_count()) {
     C sums[kSums];
 #pragma unroll

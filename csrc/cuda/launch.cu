@@ -43,6 +43,20 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
+// Whether the library has code for a compute capability. FASTWRS_CUDA_ARCHES is a list like v0750v0800v1201: major,
+// minor, and 1 where there is PTX too, which runs on everything newer.
+bool built_for(int major, int minor) {
+#define FASTWRS_TEXT_(x) #x
+#define FASTWRS_TEXT(x) FASTWRS_TEXT_(x)
+  for (const char* at = FASTWRS_TEXT(FASTWRS_CUDA_ARCHES); *at == 'v'; at += 5) {
+    const int built_major = (at[1] - '0') * 10 + (at[2] - '0'), built_minor = at[3] - '0';
+    const bool ptx = at[4] == '1';
+    if (built_major == major && built_minor <= minor) return true;
+    if (ptx && (built_major < major || (built_major == major && built_minor <= minor))) return true;
+  }
+  return false;
+}
+
 std::string name_of(const Launch& launch, const Kernel& kernel) {
   static const char* const kNames[] = {"float32", "float64", "bfloat16", "float16"};
   const Dtypes& d = launch.key.dtypes;
@@ -65,23 +79,16 @@ std::string why_not() {
     return std::string("CUDA finds no device: ") + cudaGetErrorString(error) + " (driver " + version + ")";
   }
   if (devices == 0) return "there is no CUDA device";
+  // By number, for asking the runtime for a kernel would make a context on every device.
+  std::string found;
   for (int device = 0; device < devices; ++device) {
     int major = 0, minor = 0;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    cudaFuncAttributes attributes;
-    const Kernel any = find_kernel({Phase::kProject, 0, 0, {Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat32}, false});
-    int before = 0;
-    if (cudaGetDevice(&before) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return "a device cannot be used";
-    const cudaError_t usable = cudaFuncGetAttributes(&attributes, any.function);
-    cudaSetDevice(before);
-    if (usable != cudaSuccess) {
-      cudaGetLastError();
-      return "it was not built for device " + std::to_string(device) + " (compute capability " + std::to_string(major) +
-             "." + std::to_string(minor) + "): " + cudaGetErrorString(usable);
-    }
+    if (built_for(major, minor)) return "";
+    found += (found.empty() ? "" : ", ") + std::to_string(major) + "." + std::to_string(minor);
   }
-  return "";
+  return "it was not built for the compute capability of any device here (" + found + ")";
 }
 
 Limits limits_of(int device) {

@@ -77,6 +77,8 @@ struct Params {
   Header header;
   Entry<kArrays> entries[kEntries];
 };
+static_assert(sizeof(Params<1>) <= kParamBytes && sizeof(Params<4>) <= kParamBytes && sizeof(Params<5>) <= kParamBytes,
+              "parameters of a kernel");
 
 // A record of a param group: what every rule has, then the rule's own.
 template <class C, class Constants>

@@ -9,6 +9,9 @@
 
 namespace fastwrs::cuda {
 
+// Loops whose length is known at run time alone are not unrolled: nvcc would make four copies of each, with all that is
+// inlined in them, which costs registers, instruction cache, and half of the time to compile.
+
 // ---- numbers -------------------------------------------------------------------------------------------------------
 
 // A sum that keeps what rounding loses. An infinite one stays infinite.
@@ -57,6 +60,7 @@ FASTWRS_DEVICE const R& record_of(const Params<kArrays>& params, uint32_t index)
 template <int kArrays>
 FASTWRS_DEVICE uint32_t tensor_of(const Params<kArrays>& params, uint32_t block) {
   uint32_t low = 0, high = params.header.tensors;
+#pragma unroll 1
   while (high - low > 1) {
     const uint32_t middle = (low + high) / 2;
     (params.entries[middle].first_block <= block ? low : high) = middle;
@@ -108,6 +112,7 @@ FASTWRS_DEVICE uint32_t wanted_sums(bool rescale, bool shrink, bool measured) {
 FASTWRS_DEVICE float* measured_row(const Header& header, const int64_t* about, int64_t index) {
   int64_t row = about[kFirstRow];
   if (about[kKeptDims] == 0) row += index;
+#pragma unroll 1
   for (int64_t d = about[kKeptDims] - 1; d >= 0; --d) {
     const int64_t size = about[kKept + 2 * d];
     row += index % size * about[kKept + 2 * d + 1];
@@ -133,14 +138,17 @@ FASTWRS_DEVICE void advance_steps(const Params<kArrays>& params) {
   if (thread_index() == 0) last = take_ticket(header.ticket) == block_count() - 1;
   if (!barrier_any(last)) return;
   if (thread_index() == 0) store(header.ticket, 0u);
+#pragma unroll 1
   for (uint32_t i = thread_index(); i < header.tensors; i += thread_count()) {
     const Entry<kArrays>& entry = params.entries[i];
     if (!(entry.flags & kAdvances)) continue;
     store(entry.step, load(entry.step) + 1.0f);
     if (entry.kind != TileKind::kElements || entry.numel != 0 || entry.measure == kNone) continue;
     const int64_t* about = pool_of(params) + entry.measure;
+#pragma unroll 1
     for (int64_t group = 0; group < about[kGroups]; ++group) {
       float* row = measured_row(header, about, group);
+#pragma unroll 1
       for (int k = 0; k < kMeasured; ++k) store(row + k, measured_of_nothing(k));
     }
   }
@@ -209,6 +217,7 @@ FASTWRS_DEVICE Groups groups_of(const Entry<kArrays>& entry) {
 template <int kArrays>
 FASTWRS_DEVICE int64_t walk_to(const int64_t* dims, int64_t index, int k) {
   int64_t offset = 0;
+#pragma unroll 1
   for (int64_t d = dims[0] - 1; d >= 0; --d) {
     const int64_t* dim = dims + 1 + d * (1 + kArrays);
     offset += index % dim[0] * dim[1 + k];
@@ -249,7 +258,7 @@ FASTWRS_DEVICE void for_elements(const Tile& tile, const Cut& cut, const VectorB
   const bool one_run = tile.width == tile.n;
   const uint32_t head = cut.head, per_run = cut.vectors ? (tile.width - head) / kVector : 0;
   const uint32_t runs = one_run ? 1 : tile.n / tile.width;
-#pragma unroll 1  // a second turn at a time would not leave registers for three blocks
+#pragma unroll 1
   for (uint32_t v = thread_index(); v < per_run * runs; v += thread_count()) {
     const uint32_t run = one_run ? 0 : v / per_run;
     const uint32_t place = head + (v - run * per_run) * kVector;
@@ -331,6 +340,7 @@ FASTWRS_DEVICE C sum_over_block(C x, C* scratch) {
   if (thread_index() % kWarp == 0) scratch[thread_index() / kWarp] = x;
   barrier();  // the sums of the warps are complete
   C sum = 0;
+#pragma unroll 1
   for (uint32_t warp = 0; warp < thread_count() / kWarp; ++warp) sum += scratch[warp];
   return sum;
 }
@@ -342,6 +352,7 @@ template <class C>
 FASTWRS_DEVICE void sum_groups(const Tile& tile, const Lists& lists, uint32_t wants, C* partial) {
   const uint32_t groups = tile.n / tile.unit_size * tile.cols, rows = tile.unit_size / tile.cols;
   const uint32_t lanes = lanes_for(groups, thread_count());
+#pragma unroll 1
   for (uint32_t task = thread_index(); task < groups * lanes; task += thread_count()) {
     const uint32_t col = task % tile.cols, lane = task / tile.cols % lanes, unit = task / tile.cols / lanes;
     const uint32_t group = unit * tile.cols + col;
@@ -361,6 +372,7 @@ FASTWRS_DEVICE void sum_groups(const Tile& tile, const Lists& lists, uint32_t wa
 template <class C>
 FASTWRS_DEVICE C sum_of_lanes(const C* partial, int k, uint32_t lanes, uint32_t groups, uint32_t group) {
   Compensated<C> sum;
+#pragma unroll 1
   for (uint32_t lane = 0; lane < lanes; ++lane) sum.add(partial[(k * lanes + lane) * groups + group]);
   return sum.sum;
 }

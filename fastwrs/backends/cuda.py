@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastwrs import library
 
@@ -16,6 +18,8 @@ from fastwrs.spec import DTYPE_TRIPLES
 
 NAME = "cuda"
 _TOO_SMALL = "fastwrs: the workspace has"
+_streams: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""The streams that each workspace has been used on."""
 
 
 def why_not(device_type: str | None = None, dtypes: tuple[str, str, str] | None = None) -> str | None:
@@ -45,6 +49,7 @@ def step(call: StepCall, dry_run: bool = False) -> None:
     the tensors has changed, so that a step can be captured in a graph once another one has run before.
     """
     if call.workspace is not None:
+        _keep_for_this_stream(call.workspace)
         try:
             torch.ops.fastwrs.step(*call.arguments(), dry_run)
         except RuntimeError as error:
@@ -54,4 +59,16 @@ def step(call: StepCall, dry_run: bool = False) -> None:
             return
     size, _ = torch.ops.fastwrs.step_plan(*call.arguments())
     call.workspace = torch.zeros(-(-size // 4), dtype=torch.float32, device=call.params[0].device)
+    _keep_for_this_stream(call.workspace)
     torch.ops.fastwrs.step(*call.arguments(), dry_run)
+
+
+def _keep_for_this_stream(workspace: Tensor) -> None:
+    """Tells the allocator of every stream that uses the workspace, so that it is not reused under a running kernel."""
+    if workspace.device.type != "cuda":
+        return  # the emulated kernels of the tests
+    stream = torch.cuda.current_stream(workspace.device)
+    known: set[int] = _streams.setdefault(workspace, set())  # type: ignore[assignment]
+    if stream.cuda_stream not in known:
+        workspace.record_stream(stream)
+        known.add(stream.cuda_stream)

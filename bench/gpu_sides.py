@@ -1,0 +1,309 @@
+"""What is measured on a GPU: fastwrs with each backend, and what people use today, all on parameters alike.
+
+A side makes its optimizer on a ``Work``: parameters and gradients that any side makes the same, from seeds. After two
+steps it has to have the weights that the oracle has, or nothing is reported: a fast step that is wrong is no figure.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from lists import NORM, PLAIN, WEIGHT, Param
+from torch import Tensor, nn
+
+import fastwrs
+from fastwrs import reference
+from fastwrs.spec import RULES
+
+Step = Callable[[], object]
+
+LR = 2e-2  # large, so that a step that does not happen shows in bf16 too
+OPTIONS: dict[str, dict[str, Any]] = {"AdamW": {"lr": LR}, "SGD": {"lr": LR, "momentum": 0.9}}
+SLOTS = {"AdamW": 2, "SGD": 1}
+DECAY = 1e-2
+CHECKED_STEPS = (1.0, -0.5)
+"""What the gradients are multiplied by in each of the steps that are checked: exact, and taken back exactly."""
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3 * 2.0**-7}
+"""How far a weight may be from the oracle's, relative to the largest of its group: a check for sides of other makes,
+which round in other places. How exact fastwrs is, tests/tolerances.py decides."""
+CHUNK = 1 << 24
+"""Elements that are checked at once: the oracle runs in fp64 and makes many copies."""
+
+
+class Precision(NamedTuple):
+    """Dtypes of a comparison; ``states`` is what fastwrs is asked for."""
+
+    params: torch.dtype
+    states: torch.dtype | None
+
+
+PRECISIONS = {
+    "float32": Precision(torch.float32, None),
+    "bfloat16": Precision(torch.bfloat16, torch.bfloat16),
+    "bfloat16, fp32 states": Precision(torch.bfloat16, None),
+}
+
+
+def bytes_per_element(rule: str, precision: Precision) -> int:
+    """What a step has to move: read parameter, gradient and states, write all but the gradient."""
+    param = precision.params.itemsize
+    state = 4 if precision.states is None else precision.states.itemsize
+    return 3 * param + 2 * SLOTS[rule] * state
+
+
+@dataclass
+class Work:
+    """The parameters of one side, with gradients that all sides share."""
+
+    rule: str
+    precision: Precision
+    roles: list[str]
+    params: list[nn.Parameter]
+    grads: list[Tensor]
+
+    @classmethod
+    def new(cls, rule: str, precision: Precision, given: list[Param], grads: list[Tensor]) -> Work:
+        """Parameters as at the start."""
+        work = cls(rule, precision, [param.role for param in given], [], grads)
+        for k, grad in enumerate(grads):
+            work.params.append(nn.Parameter(values(k, grad)))
+            work.params[-1].grad = grad
+        return work
+
+    def of(self, *roles: str) -> list[nn.Parameter]:
+        """The parameters that have one of the roles."""
+        return [param for param, role in zip(self.params, self.roles, strict=True) if role in roles]
+
+
+def make_grads(given: list[Param], dtype: torch.dtype, device: str, channels_last: bool = False) -> list[Tensor]:
+    """Gradients for all sides of a comparison, in the layout of the parameters."""
+    grads = []
+    for k, param in enumerate(given):
+        layout = torch.channels_last if channels_last and len(param.shape) == 4 else torch.contiguous_format
+        empty = torch.empty(param.shape, dtype=dtype, device=device, memory_format=layout)
+        grads.append(empty.normal_(generator=_seeded(2 * k + 1, device)))
+    return grads
+
+
+def values(k: int, like: Tensor) -> Tensor:
+    """The weights that parameter k begins with."""
+    return torch.empty_like(like).normal_(0, 0.1, generator=_seeded(2 * k, like.device))
+
+
+def _seeded(seed: int, device: torch.device | str) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+# ---- the sides ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Side:
+    """One contender. ``axis`` is how it rescales the weights in every step, None if it does not."""
+
+    name: str
+    make: Callable[[Work], Step]
+    axis: str | None = None
+    decays: tuple[str, ...] = (WEIGHT, NORM, PLAIN)
+    """The roles whose parameters it decays."""
+    formula: bool = True
+    """Whether its weights have to be the oracle's. Another algorithm's have to be finite, and to have moved."""
+    any_layout: bool = True
+    """Whether it is right for weights in channels_last too."""
+    spare: float = 0.0
+    """Device memory that it takes for a moment, in sizes of all parameters."""
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
+    rules: tuple[str, ...] = tuple(OPTIONS)
+
+    def fits(self, rule: str, precision: str, channels_last: bool = False) -> bool:
+        """Whether it exists for a rule, a precision and a layout."""
+        return rule in self.rules and precision in self.precisions and (self.any_layout or not channels_last)
+
+
+def _fastwrs(work: Work, backend: str, rescale: fastwrs.Rescale | None) -> Step:
+    groups = [
+        {"params": work.of(WEIGHT), "rescale": rescale, "weight_decay": 0.0},
+        {"params": work.of(NORM), "weight_decay": DECAY},
+        {"params": work.of(PLAIN), "weight_decay": 0.0},
+    ]
+    kind = getattr(fastwrs, work.rule)
+    states = work.precision.states
+    return kind([g for g in groups if g["params"]], backend=backend, state_dtype=states, **OPTIONS[work.rule]).step
+
+
+def ours(backend: str, axis: str | None) -> Side:
+    """Ours on a backend, with WRS in every step or without."""
+    name = {None: "plain", "out": "WRS", "in": "WRS(IC)"}[axis]
+    rescale = None if axis is None else fastwrs.Rescale(axis=axis)
+    return Side(f"fastwrs {backend} {name}", lambda work: _fastwrs(work, backend, rescale), axis, decays=(NORM,))
+
+
+def _torch(work: Work, **options: bool) -> Step:
+    kind = getattr(torch.optim, work.rule)
+    return kind(work.params, weight_decay=DECAY, **OPTIONS[work.rule], **options).step
+
+
+def _fused(work: Work) -> Step:
+    # In a rehearsal: torch 2.13's fused SGD for the CPU gives wrong weights in bf16, which the check below found.
+    wrong = work.rule == "SGD" and not work.params[0].is_cuda
+    return _torch(work, foreach=True) if wrong else _torch(work, fused=True)
+
+
+def norms(weight: Tensor) -> Tensor:
+    """The norm of every channel, as a loop gets it."""
+    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True)
+
+
+def _replaced(weights: Iterable[Tensor]) -> None:
+    for weight in weights:
+        weight.copy_(weight / norms(weight))
+
+
+def _divided(weights: Iterable[Tensor]) -> None:
+    for weight in weights:
+        weight.div_(norms(weight))
+
+
+def _by_hand(weights: list[Tensor]) -> None:
+    """Torch's kernel for weight_norm, norm and quotient in one, on each weight; then one copy of them all."""
+    ones = [torch.ones_like(weight[(slice(None), *[slice(1)] * (weight.ndim - 1))]) for weight in weights]
+    pairs = zip(weights, ones, strict=True)
+    new = [torch._weight_norm_interface(w, g)[0] for w, g in pairs]  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_copy_(weights, new)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _foreach(weights: list[Tensor]) -> None:
+    """One norm per weight, then one call for all quotients."""
+    quotients = [norms(weight) for weight in weights]
+    torch._foreach_div_(weights, quotients)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def and_then(rescale: Callable[[list[Tensor]], object]) -> Callable[[Work], Step]:
+    """A step of torch's fused optimizer, then ``rescale`` on the weights."""
+
+    def make(work: Work) -> Step:
+        fused, weights = _fused(work), [weight.detach() for weight in work.of(WEIGHT)]
+
+        @torch.no_grad()
+        def step() -> None:
+            fused()
+            rescale(weights)
+
+        return step
+
+    return make
+
+
+def _compiled(work: Work) -> Step:
+    torch._dynamo.reset()  # what was compiled for another list, and its counts of recompilations
+    compiler = "inductor" if work.params[0].is_cuda else "eager"
+    return and_then(torch.compile(_divided, backend=compiler, dynamic=False, fullgraph=True))(work)
+
+
+def _from_package(package: str, name: str, **options: object) -> Callable[[Work], Step]:
+    def make(work: Work) -> Step:
+        kind = getattr(importlib.import_module(package), name)
+        return kind(work.params, lr=OPTIONS[work.rule]["lr"], weight_decay=DECAY, **options).step
+
+    return make
+
+
+FUSED = Side("torch fused", _fused)
+"""What everything is compared with. It rescales nothing."""
+TORCH_ONLY = ("float32", "bfloat16")  # torch keeps states in the type of the parameter
+FOREACH = Side("torch foreach", lambda work: _torch(work, foreach=True), spare=3, precisions=TORCH_ONLY)
+LOOPS = (
+    Side("torch fused + loop", and_then(_replaced), "out", spare=1, precisions=TORCH_ONLY),
+    Side("torch fused + in-place loop", and_then(_divided), "out", precisions=TORCH_ONLY),
+    Side("torch fused + foreach", and_then(_foreach), "out", precisions=TORCH_ONLY),
+    Side("torch fused + weight_norm kernel", and_then(_by_hand), "out", any_layout=False, spare=1,
+         precisions=TORCH_ONLY),
+)  # fmt: skip
+COMPILED = Side("torch fused + compiled loop", _compiled, "out", precisions=TORCH_ONLY)
+_OTHERS = {
+    "optimi": (
+        Side("optimi AdamW", _from_package("optimi", "AdamW"), rules=("AdamW",), formula=False),
+        Side("optimi SGD", _from_package("optimi", "SGD", momentum=0.9), rules=("SGD",), formula=False),
+    ),
+    "timm": (
+        Side("timm LAMB", _from_package("timm.optim", "Lamb"), rules=("AdamW",), formula=False, spare=3),
+        Side("timm AdamP", _from_package("timm.optim", "AdamP"), rules=("AdamW",), formula=False),
+        Side("timm SGDP", _from_package("timm.optim", "SGDP", momentum=0.9), rules=("SGD",), formula=False),
+    ),
+}  # fmt: skip
+
+
+def sides(group: str, backends: list[str], convolutions: bool) -> list[Side]:
+    """The contenders of a comparison, torch fused first: the one that all others are put against."""
+    wrs = [ours(backend, "out") for backend in backends]
+    if group == "compiled":
+        return [FUSED, *wrs, COMPILED]
+    if group == "others":
+        installed = [package for package in _OTHERS if importlib.util.find_spec(package)]
+        return [FUSED, *wrs, *(side for package in installed for side in _OTHERS[package])]
+    more = [ours(backend, axis) for backend in backends for axis in (["in"] if convolutions else []) + [None]]
+    return [FUSED, *wrs, *more, FOREACH, *LOOPS]
+
+
+def absent(backends: list[str]) -> list[str]:
+    """What could have been measured and is not installed or cannot run here."""
+    reasons = fastwrs.backends()
+    missing = [f"fastwrs {name}: {reasons[name]}" for name in ("cuda", "triton") if name not in backends]
+    return missing + [f"{package}: not installed" for package in _OTHERS if not importlib.util.find_spec(package)]
+
+
+# ---- the check ------------------------------------------------------------------------------------------------------
+
+
+def check(side: Side, work: Work, step: Step) -> list[str]:
+    """Takes two steps; returns what is wrong with the weights afterwards. The gradients are as before."""
+    for factor in CHECKED_STEPS:
+        for grad in work.grads:
+            grad.mul_(factor)
+        step()
+    for grad in work.grads:
+        grad.div_(math.prod(CHECKED_STEPS))
+    faults = []
+    for k, (param, role, slope) in enumerate(zip(work.params, work.roles, work.grads, strict=True)):
+        start = values(k, param.detach())
+        if not side.formula:
+            got = param.detach()
+            if not bool(got.isfinite().all()) or torch.equal(got, start):
+                faults.append(f"parameter {k} has not moved, or is not finite")
+            continue
+        rows = max(1, CHUNK // max(1, param[:1].numel()))
+        pieces = (tensor.split(rows) for tensor in (param.detach(), start, slope))
+        for got, w, grad in zip(*pieces, strict=True):
+            truth, dims = _truth(side, work, role, w, grad)
+            scale = truth.abs().amax(dims, keepdim=True) if dims else torch.maximum(truth.abs(), w.abs().double())
+            off = (got.double() - truth).abs() / scale
+            if not bool((off <= TOLERANCE[got.dtype]).all()):
+                faults.append(f"parameter {k} is off by up to {float(off.max()):.2g} of the largest of a group")
+                break
+    return faults
+
+
+def _truth(side: Side, work: Work, role: str, w: Tensor, grad: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
+    """The oracle's weights after the checked steps, and the dimensions that were rescaled together."""
+    rule = RULES["sgd" if work.rule == "SGD" else "adam"]
+    numbers = {"lr": LR, "momentum": 0.9, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "decoupled_weight_decay": 1}
+    rescales = side.axis is not None and role == WEIGHT
+    numbers |= {"weight_decay": DECAY if role in side.decays else 0.0, "every": int(rescales), "stop": float("inf")}
+    hyper = {known.name: float(numbers.get(known.name, 0)) for known in rule.record} | {"target": 1.0}
+    dims = None
+    if rescales:
+        dims = (1,) if side.axis == "in" else tuple(range(1, w.ndim))
+    w = w.double()
+    states = {slot.name: torch.zeros_like(w) for slot in rule.slots[: SLOTS[work.rule]]}
+    scale = 1.0
+    for t, factor in enumerate(CHECKED_STEPS, 1):
+        scale *= factor
+        done = reference.step(rule.name, w, grad.double() * scale, states, t=t, hyper=hyper, dims=dims)
+        w, states = done.param, done.states
+    return w, dims
