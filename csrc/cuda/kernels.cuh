@@ -62,7 +62,7 @@ class Stepper {
     sum_groups<C>(tile_, lists_, wants_, partial);
     barrier();  // the partial sums are complete
     const uint32_t lanes = lanes_for(groups, thread_count());
-    C* factors = on_chip<C>(factors_);
+    C* factors = on_chip<C>(factors_place(groups));
 #pragma unroll 1
     for (uint32_t group = thread_index(); group < groups; group += thread_count()) {
       C sums[kSums];
@@ -107,12 +107,15 @@ class Stepper {
       for (int s = 0; s < kSlots; ++s) aligned_ |= is_aligned(state(s) + first) ? 2u << s : 0;
     }
     lists_.there = (sums_at_once_ ? 0 : wants_) | (holds_ ? 1u << kUpdated : 0);
-    uint32_t wanted = 0;
-    for (int k = 0; k < kSums; ++k) wanted = wants_ >> k & 1 ? k + 1 : wanted;
-    factors_ = round_to_words(wanted * sums_per_kind(groups) * uint32_t(sizeof(C)));
     const uint32_t shift = (kVector - cut_.head % kVector) % kVector;
-    lists_.first = factors_ + round_to_words(groups * uint32_t(sizeof(C))) + shift * uint32_t(sizeof(C));
-    lists_.bytes = values_bytes<C>(tile_.n);
+    lists_.first = factors_place(groups) + round_to_words(groups * uint32_t(sizeof(C))) + shift * uint32_t(sizeof(C));
+  }
+  // Where the factors of the groups are, behind the sums of each kind up to the last that is wanted.
+  FASTWRS_DEVICE uint32_t factors_place(uint32_t groups) const {
+    uint32_t kinds = 0;
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) kinds = wants_ >> k & 1 ? k + 1 : kinds;
+    return round_to_words(kinds * sums_per_kind(groups) * uint32_t(sizeof(C)));
   }
   FASTWRS_DEVICE uint32_t sums_per_kind(uint32_t groups) const {
     return sums_at_once_ ? thread_count() / kWarp : groups * lanes_for(groups, thread_count());
@@ -172,23 +175,31 @@ class Stepper {
     }
     collect<N>(kBefore, place, weight);
     collect<N>(kGrad, place, gradient);
+    if (record_.control.maximize) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) gradient[j] = -gradient[j];
+    }
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       C states[kSlots == 0 ? 1 : kSlots];
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) states[k] = widen(s[k][j]);
-      const C u = Rule::template update<kSlots>(weight[j], record_.control.maximize ? -gradient[j] : gradient[j],
-                                                states, scalars_);
-      if (lists_.there >> kUpdate & 1) on_chip<C>(lists_.of(kUpdate))[place + j] = u;
+      const C u = Rule::template update<kSlots>(weight[j], gradient[j], states, scalars_);
+      if (lists_.there >> kUpdate & 1) on_chip<C>(lists_.of<C>(kUpdate, tile_))[place + j] = u;
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) s[k][j] = narrow(states[k], S());
-      w[j] = narrow(weight[j], P());
-      // Where weights are scaled later, the norm is that of what is stored.
-      if (entry_.kind == TileKind::kPartial) weight[j] = widen(w[j]);
     }
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) write(state(k), element, 2 + k, s[k]);
-    if (!holds_) write(param(), element, 0, w, entry_.kind == TileKind::kPartial);
+    if (!holds_) {
+      const bool again = entry_.kind == TileKind::kPartial;  // it will be scaled by a later launch
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        w[j] = narrow(weight[j], P());
+        if (again) weight[j] = widen(w[j]);  // the norm is then that of what is stored
+      }
+      write(param(), element, 0, w, again);
+    }
     collect<N>(kUpdated, place, weight);
   }
 
@@ -199,7 +210,7 @@ class Stepper {
 #pragma unroll
       for (int j = 0; j < N; ++j) sum_.add(x[j] * x[j]);
     }
-    if (lists_.there >> k & 1) put_on_chip(on_chip<C>(lists_.of(k)) + place, x);
+    if (lists_.there >> k & 1) put_on_chip(on_chip<C>(lists_.of<C>(k, tile_)) + place, x);
   }
 
   // The factor of a group of this tile, from its sums of squares.
@@ -233,7 +244,7 @@ class Stepper {
   FASTWRS_DEVICE void write_scaled(int64_t element, uint32_t place, Next factors) const {
     P w[N];
     C x[N];
-    take_from_chip(on_chip<C>(lists_.of(kUpdated)) + place, x);
+    take_from_chip(on_chip<C>(lists_.of<C>(kUpdated, tile_)) + place, x);
 #pragma unroll
     for (int j = 0; j < N; ++j) w[j] = narrow(x[j] * factors.next(), P());
     write(param(), element, 0, w);
@@ -246,7 +257,6 @@ class Stepper {
   Tile tile_;
   const int64_t *pool_, *walk_;
   Lists lists_;
-  uint32_t factors_;  // where on chip
   Compensated<C> sum_;
   Cut cut_;
   uint32_t aligned_ = 0, wants_;

@@ -296,13 +296,14 @@ FASTWRS_DEVICE C* on_chip(uint32_t bytes) {
 
 // The lists of a tile's values on chip, one behind the other: for sum k, if bit k of `there` is set.
 struct Lists {
-  uint32_t first, bytes, there;
+  uint32_t first, there;
 
-  FASTWRS_DEVICE uint32_t of(int k) const {
+  template <class C>
+  FASTWRS_DEVICE uint32_t of(int k, const Tile& tile) const {
     uint32_t before = 0;
 #pragma unroll
     for (int j = 0; j < k; ++j) before += there >> j & 1;
-    return first + before * bytes;
+    return first + before * values_bytes<C>(tile.n);
   }
 };
 
@@ -360,7 +361,7 @@ FASTWRS_DEVICE void sum_groups(const Tile& tile, const Lists& lists, uint32_t wa
     for (int k = 0; k < kSums; ++k) {
       if (!(wants >> k & 1)) continue;
       Compensated<C> sum;
-      const C* values = on_chip<C>(lists.of(k));
+      const C* values = on_chip<C>(lists.of<C>(k, tile));
       for (uint32_t row = lane; row < rows; row += lanes) {
         const C x = values[unit * tile.unit_size + row * tile.cols + col];
         sum.add(x * x);
