@@ -66,7 +66,8 @@ def find_nvcc() -> str | None:
 
 def cuda_root(nvcc: str) -> Path:
     """The toolkit that an nvcc belongs to, as it says itself: the one on the PATH may be a link or a wrapper."""
-    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False).stderr
+    dry_run = [nvcc, "--dryrun", "-x", "cu", "/dev/null"]
+    said = subprocess.run(dry_run, capture_output=True, text=True, check=False).stderr
     tops = [line.split("=", 1)[1].strip() for line in said.splitlines() if line.startswith("#$ TOP=")]
     return Path(tops[0]) if tops else Path(nvcc).resolve().parents[1]
 
@@ -87,7 +88,7 @@ def listed_arches(arches: str) -> list[tuple[str, str, str]]:
 
 
 def gencodes(arches: str) -> str:
-    """nvcc's flags for such a list."""
+    """The flags of nvcc for such a list."""
     flags = []
     for major, minor, ptx in listed_arches(arches):
         number = major + minor
@@ -120,7 +121,8 @@ def ninja_file(compiler: str, torch: Path, output: Path) -> str:
     if nvcc or emulated:
         defines += " -DFASTWRS_WITH_CUDA"
     if emulated:
-        defines += f" -DFASTWRS_EMULATED -I {root / 'csrc'} -I {root / 'tests' / 'emulation'} -x c++ -Wno-unknown-pragmas"
+        defines += f" -DFASTWRS_EMULATED -I {root / 'csrc'} -I {root / 'tests' / 'emulation'} -x c++"
+        defines += " -Wno-unknown-pragmas"
         optimise = optimise.replace("-O3", "-O2")
     if nvcc:
         link += f" -L{cuda_root(nvcc) / 'lib64'} -lcudart_static -lpthread -lrt -ldl"
@@ -168,7 +170,7 @@ def ninja_file(compiler: str, torch: Path, output: Path) -> str:
 
 
 def cuda_compiler() -> str | None:
-    """nvcc if the CUDA kernels are to be built."""
+    """The CUDA compiler, if the CUDA kernels are to be built."""
     wanted = os.environ.get("FASTWRS_CUDA", "auto")
     nvcc = None if wanted == "0" else find_nvcc()
     if wanted == "1" and nvcc is None:
