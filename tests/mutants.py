@@ -83,8 +83,9 @@ MUTANTS = (
     _projection("an epsilon in the quotient", "quotient(T(target), norm)", "quotient(T(target), norm + T(1e-12))"),
     _measured("shrink by the norm after", "shrink_factor(before,", "shrink_factor(updated,"),
     # norms
-    _bindings(
+    Mutant(
         "norms of the wrong axis",
+        "csrc/bindings_tensors.h",
         "view.reduced = axes;",
         "for (int64_t mask = axes, d = axes = mask > 0 ? 0 : mask; mask > 0 && d < view.dims; ++d) "
         "axes |= ((mask >> d) & 1) << (view.dims - 1 - d);\n  view.reduced = axes;",
@@ -124,9 +125,9 @@ MUTANTS = (
         "(a - (112u << 23)) >> 13",
     ),
     # the call
-    _bindings("found_inf is compared with 1", '"found_inf") != 0', '"found_inf") == 1'),
+    _bindings("found_inf is compared with 1", "job.found_inf.value != 0", "job.found_inf.value == 1"),
     _bindings("fresh ignored", ".fresh = true;", ".fresh = false;"),
-    _bindings("lr tensors ignored", "h[kLrTensor] < 0 ? h[kLr] :", "true ? h[kLr] :"),
+    _bindings("lr tensors ignored", "h[kLrTensor] < 0 ? Number{h[kLr]} :", "true ? Number{h[kLr]} :"),
     _bindings("the first record for all", "row = a.groups[i];", "row = 0;"),
     Mutant("steps stand still", "csrc/cpu/engine.cpp", "*job.steps[i].step = finished[i];", ";"),
     _measured(

@@ -55,7 +55,7 @@ MUTANTS = (
     Mutant("no bound", TILES, "numel - tile.base < size ? entry.numel - tile.base : size", "tile * 0 + size"),
     Mutant("no mask on the tail", TILES, "(tile.width - head) / kVector", "(tile.width - head) / kVector + 1"),
     Mutant("no tail", TILES, "const uint32_t covered = per_run * kVector,", "const uint32_t covered = tile.width,"),
-    Mutant("a moment is not started", KERNELS, "moment_.t == C(1) || (entry_.flags & kFresh)", "false"),
+    Mutant("a moment is not started", KERNELS, "moment.t == C(1) || (entry_.flags & kFresh)", "false"),
     Mutant("a late moment is not started", KERNELS, " || (entry_.flags & kFresh)", ""),
     Mutant("the sum of the neighbour", TILES, "[unit * tile.unit_size", f"[{NEIGHBOUR} * tile.unit_size"),
     Mutant("the factor of the neighbour", TILES, "factors + unit * cols", f"factors + {NEIGHBOUR} * cols"),
