@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import mutants
 import pytest
 
 from fastwrs import library
@@ -90,6 +91,29 @@ def test_asking_for_the_extension_without_a_compiler_fails(tree: Path) -> None:
     done = python("setup.py", "-q", "build_ext", "--build-lib", tree.parent / "lib", cwd=tree, FASTWRS_CPU="1")
     assert done.returncode != 0
     assert "cannot build the C++ extension: no C++ compiler found" in done.stderr
+
+
+def test_asking_for_cuda_without_nvcc_fails(tree: Path) -> None:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler is not None
+    folders = ("--build-lib", tree.parent / "lib", "--build-temp", tree.parent / "temp")
+    asked = {"CXX": compiler, "FASTWRS_CPU": "1", "FASTWRS_CUDA": "1", "CUDA_HOME": "/nonexistent"}
+    done = python("setup.py", "-q", "build_ext", *folders, cwd=tree, **asked)
+    assert done.returncode != 0
+    assert "cannot build the CUDA kernels: no nvcc found (set CUDA_HOME)" in done.stderr
+
+
+def test_architectures_are_those_of_torchs_list() -> None:
+    setup = mutants.setup_module(ROOT)
+    assert setup.gencodes("8.0; 9.0+PTX").split(" -gencode ") == [
+        "-gencode arch=compute_80,code=sm_80",
+        "arch=compute_90,code=sm_90",
+        "arch=compute_90,code=compute_90",
+    ]
+    assert [arch[:2] for arch in setup.listed_arches(setup.DEFAULT_ARCHES)][::5] == [("7", "5"), ("12", "0")]
+    for wrong in ("Hopper", "90", "8.0,9.0"):
+        with pytest.raises(SystemExit, match=f"TORCH_CUDA_ARCH_LIST has {wrong!r}; allowed are numbers like"):
+            setup.gencodes(wrong)
 
 
 def test_the_wheel(wheel: Path) -> None:
