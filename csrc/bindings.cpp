@@ -17,6 +17,14 @@
 #include "norms/measured.h"
 #include "rules/all.h"
 
+// A function of a library that the process has loaded, null if there is none. A Python extension's libraries are not in
+// the global scope, so they are asked by name.
+extern "C" __attribute__((visibility("default"))) void* fastwrs_find_symbol(const char* library, const char* name) {
+  void* loaded = dlopen(library, RTLD_NOLOAD | RTLD_LAZY);
+  void* found = loaded ? dlsym(loaded, name) : nullptr;
+  return found ? found : dlsym(RTLD_DEFAULT, name);
+}
+
 namespace fastwrs {
 namespace {
 
@@ -188,6 +196,8 @@ StepJob& job_to_fill() {
 }
 
 #ifdef FASTWRS_WITH_CUDA
+constexpr const char *kTorchCuda = "libtorch_cuda.so", *kCurrentStream = "aoti_torch_get_current_cuda_stream";
+
 // The stream that torch's work goes to now. Looked up by name, so that the library loads beside a torch without CUDA.
 void* current_stream(const Place& place) {
 #ifdef FASTWRS_EMULATED
@@ -195,8 +205,8 @@ void* current_stream(const Place& place) {
   return nullptr;
 #else
   using Get = AOTITorchError (*)(int32_t, void**);
-  static const Get get = reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-  if (!get) fail("this torch was built without CUDA");
+  static const Get get = reinterpret_cast<Get>(fastwrs_find_symbol(kTorchCuda, kCurrentStream));
+  if (!get) fail("this torch has no ", kCurrentStream);  // cuda_why_not has said so before
   void* stream = nullptr;
   call(get(place.index, &stream));
   return stream;
@@ -231,7 +241,13 @@ void step_plan(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
 // Why the CUDA kernels cannot run; empty if they can.
 void cuda_why_not(StableIValue* stack, uint64_t, uint64_t) {
 #ifdef FASTWRS_WITH_CUDA
-  stack[0] = from(cuda::why_not());
+  std::string why = cuda::why_not();
+#ifndef FASTWRS_EMULATED
+  if (why.empty() && !fastwrs_find_symbol(kTorchCuda, kCurrentStream)) {
+    why = std::string("this torch has no ") + kCurrentStream + ": it was built without CUDA";
+  }
+#endif
+  stack[0] = from(why);
 #else
   stack[0] = from(std::string("fastwrs was built without CUDA: there was no nvcc"));
 #endif

@@ -141,6 +141,8 @@ Facts describe(const Handle& tensor, const char* what, int64_t index, const Plac
   if (f.dims > 63) fail(what, "[", index, "] has ", f.dims, " dimensions; at most 63 are supported");
   if (f.numel == 0) return f;
   call(aoti_torch_get_data_ptr(handle, &f.data));
+  if (reinterpret_cast<uintptr_t>(f.data) % size_of(f.dtype) != 0)
+    fail(what, "[", index, "] is not aligned to its elements");
   int64_t last = 0, offset = 0, storage = 0;
   for (int64_t d = 0; d < f.dims; ++d) last += (f.sizes[d] - 1) * f.strides[d];
   call(aoti_torch_get_storage_offset(handle, &offset));

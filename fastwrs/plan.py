@@ -75,8 +75,6 @@ class Bundle:
     axes: list[int] = field(default_factory=list)
     fresh: list[int] = field(default_factory=list)
     ndims: list[int] = field(default_factory=list)
-    workspace: Tensor | None = None
-    """What the backend has allocated for its launches, kept from step to step."""
 
     def gather(self, unscaling: bool = False) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
         """The gradients, states (slot-major) and steps as they are now.

@@ -171,7 +171,8 @@ def build(folder: Path, mutant: Mutant | None = None, **environment: str) -> str
             return f"the list of mutants is out of date: {mutant.old!r} is {count} times in {mutant.file}"
         path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
     setup = setup_module(folder)
-    with mock.patch.object(setup, "is_x86", return_value=False), mock.patch.dict(os.environ, environment):
+    settings = {"FASTWRS_CUDA": "0", **environment}
+    with mock.patch.object(setup, "is_x86", return_value=False), mock.patch.dict(os.environ, settings):
         target = folder / "lib/fastwrs/_C.abi3.so"
         rules = setup.ninja_file(setup.find_compiler(), setup.find_torch(), target)
     objects = folder / "objects"

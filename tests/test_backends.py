@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,3 +63,24 @@ def test_auto_does_not_start_the_driver(monkeypatch: pytest.MonkeyPatch) -> None
     fastwrs.AdamW([param]).step()
     fastwrs.rescale_(param.detach())
     assert not torch.equal(param, torch.ones(3, 4))
+
+
+def test_symbols_of_libraries_that_are_not_in_the_global_scope_are_found() -> None:
+    """As torch's CUDA library is: torch loads it like libtorch_python, which every torch has."""
+    library.load()
+    extension = ctypes.CDLL(sys.modules["fastwrs._C"].__file__)
+    extension.fastwrs_find_symbol.restype = ctypes.c_void_p
+    name = b"THPVariable_Wrap"
+    mangled = next(
+        symbol for symbol in exported(Path(torch.__file__).parent / "lib" / "libtorch_python.so") if name in symbol
+    )
+    assert extension.fastwrs_find_symbol(b"libtorch_python.so", mangled)
+    assert not extension.fastwrs_find_symbol(b"libtorch_python.so", b"no_such_function")
+    assert not extension.fastwrs_find_symbol(b"no_such_library.so", mangled)
+
+
+def exported(file: Path) -> list[bytes]:
+    nm = shutil.which("nm")
+    assert nm is not None, "nm is missing (on Debian: apt-get install binutils)"
+    listed = subprocess.run([nm, "-D", "--defined-only", file], capture_output=True, check=True).stdout
+    return [line.split()[-1].split(b"@")[0] for line in listed.splitlines()]

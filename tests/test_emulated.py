@@ -7,7 +7,6 @@ extension for it, plain and with AddressSanitizer and UndefinedBehaviorSanitizer
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -75,6 +74,26 @@ def test_step_with_other_blocks(threads: int, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("length", [7, 1023, 4608, 28672, 28673, 300001])
 def test_norms_of_equal_elements(length: int) -> None:
     assert emulated.norm_error(length) <= NORM_BOUND[torch.float32]
+
+
+# Lists that fill the parameters of a launch to the last byte, with records and strides behind the table.
+FULL = [
+    ("sgd", 510, 1, "c"),
+    ("sgd.mom.wd", 451, 4, "c"),
+    ("adamw.ams", 367, 5, "c"),
+    ("adamw", 500, 1, "tr"),
+    ("sgd", 900, 7, "gap"),
+]
+
+
+@pytest.mark.parametrize(("option", "count", "records", "layout"), FULL)
+@pytest.mark.parametrize("measured", [False, True])
+def test_full_launches(option: str, count: int, records: int, layout: str, measured: bool) -> None:
+    layouts = (layout, layout, layout)
+    tensors = tuple(TensorCase((2, 3 + k % 3), layouts=layouts, row=k % records) for k in range(count))
+    rows = tuple((("every", 1), ("target", 1.0 + 0.1 * k), ("lr", 0.01 * (k + 1))) for k in range(records))
+    emulated.check(Case("full", option, tensors, DTYPES[0], rows, measured=measured), every=59)
+    assert emulated.counts().launches > 0
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------------
@@ -187,9 +206,9 @@ def test_an_optimizer_on_this_backend(name: str, monkeypatch: pytest.MonkeyPatch
                 param.grad = torch.randn(param.shape)
             optimizer.found_inf = torch.tensor(float(step == 2))
             optimizer.step()
-            kept |= {bundle.workspace for plan in optimizer._plans for bundle in plan.bundles}
+            kept |= set(optimizer._workspaces.get(torch.device("cpu"), []))
         assert [state["step"].item() for state in optimizer.state.values()] == [4.0] * len(params)
-        assert len(kept) == 1 and (backend == "reference") == (None in kept)
+        assert len(kept) == (backend == "cuda")
         runs.append(params)
     for ours, expected in zip(*runs, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
@@ -201,14 +220,18 @@ def test_a_workspace_that_has_become_too_small_is_made_anew(monkeypatch: pytest.
         for param in params:
             param.grad = torch.randn(param.shape)
         optimizer.step()
-    (bundle,) = optimizer._plans[0].bundles
-    needed = bundle.workspace.numel()
-    bundle.workspace = torch.zeros(4)
+    kept = optimizer._workspaces[torch.device("cpu")]
+    (first,) = kept
+    kept[0] = torch.zeros(4)  # as of a smaller model
     before = [param.detach().clone() for param in params]
     optimizer.step()
-    assert bundle.workspace.numel() == needed
+    assert [workspace.numel() for workspace in kept] == [4, first.numel()]  # a graph may go on using the old one
     assert not any(map(torch.equal, before[:4], params[:4]))
     assert optimizer.state[params[0]]["step"].item() == 3
+    optimizer.zero_grad()
+    optimizer.step()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3, 4))]})
+    assert len(kept) == 2  # other plans use the same
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -269,7 +292,6 @@ def test_the_schedule_follows_the_steps_on_the_device() -> None:
 
 def test_the_emulator_runs_what_is_said() -> None:
     """Self-test: an extension with other kernels would count nothing."""
-    assert "fastwrs_emulation_counts" not in os.environ
     emulated.counts()
     emulated.run(simple())
     seen = emulated.counts()

@@ -22,8 +22,9 @@ from emulated import PASSED
 pytestmark = pytest.mark.emulated_control
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS, TILES = "csrc/cuda/kernels.cuh", "csrc/cuda/tiles.cuh"
+PLAN = "csrc/cuda/plan.cpp"
 NEIGHBOUR = "(unit ? unit - 1 : 0)"
-OBJECTS = ("kernels_0.o", "kernels_2.o")  # the triples of emulated.small_cases
+OBJECTS = ("kernels_0.o", "kernels_2.o", "cuda_plan.o")  # the triples of emulated.small_cases
 THREADS = "64"
 
 
@@ -68,6 +69,7 @@ MUTANTS = (
     Mutant("partial sums of one kind", KERNELS, "k * int64_t(entry_.partial.per_sum) + first", "first"),
     Mutant("no compensation", TILES, "is_finite(next) ? (next - sum) - y : C(0)", "C(0)"),
     Mutant("twice the lr of double tensors", TILES, "magnitude - (896ull << 52)", "magnitude - (895ull << 52)"),
+    Mutant("more than a launch takes", PLAN, "kEntryBytes / entry_bytes() * entry_bytes()", "kEntryBytes"),
     Mutant("a row is left out", TILES, "row += lanes) {\n", "row += lanes + (row > 0)) {\n"),
 )
 UNBROKEN = (Mutant("unbroken", KERNELS, "", ""), Mutant("unbroken under ThreadSanitizer", KERNELS, "", "", True))

@@ -10,7 +10,8 @@ FASTWRS_BEGIN
 
 // Roots and quotients. Correctly rounded on the host, which is compiled with -fno-math-errno, so that these are single
 // instructions. On a GPU correct rounding is a subroutine that all registers wait for; there, one Newton step on the
-// approximations leaves an error of less than an ulp, and every special value is what it has to be.
+// approximations leaves an error of less than an ulp, and zeros, infinities and NaN are what they have to be. Divisors
+// are taken for 0 below the normal numbers, and for infinity above 2^126.
 #ifdef __CUDA_ARCH__
 FASTWRS_HD float square_root(float x) {
   const bool small = x < 0x1p-96f;  // the approximation takes subnormal numbers for 0

@@ -14,10 +14,10 @@ void call(const void* params) {
   kKernel(*static_cast<const P*>(params));
 }
 #define FASTWRS_KERNEL_OF(ParamsType, name, ...) \
-  Kernel { nullptr, &call<ParamsType, &__VA_ARGS__>, name }
+  Kernel { nullptr, &call<ParamsType, &__VA_ARGS__>, sizeof(ParamsType), name }
 #else
 #define FASTWRS_KERNEL_OF(ParamsType, name, ...) \
-  Kernel { reinterpret_cast<const void*>(&__VA_ARGS__), nullptr, name }
+  Kernel { reinterpret_cast<const void*>(&__VA_ARGS__), nullptr, sizeof(ParamsType), name }
 #endif
 
 template <class P, class G, class S>

@@ -5,8 +5,10 @@
 #include <cuda_runtime.h>
 
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "plan.h"
@@ -22,6 +24,20 @@ void check(cudaError_t error, const std::string& what) {
   throw std::runtime_error("fastwrs: " + what + ": " + cudaGetErrorString(error));
 }
 
+// Whether anybody uses a device. Making one current that nobody does would create a context on it.
+bool has_context(int device) {
+  using State = int (*)(int, unsigned*, int*);
+  static const State state = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found, 12000, cudaEnableDefault, &result);
+    return reinterpret_cast<State>(found);
+  }();
+  unsigned flags = 0;
+  int active = 0;
+  return state && state(device, &flags, &active) == 0 && active != 0;
+}
+
 // Makes a device current, and the one before it again.
 class DeviceGuard {
  public:
@@ -30,7 +46,7 @@ class DeviceGuard {
     if (before_ != device_) check(cudaSetDevice(device_), "cannot use device " + std::to_string(device_));
   }
   ~DeviceGuard() {
-    if (before_ != device_) cudaSetDevice(before_);
+    if (before_ != device_ && has_context(before_)) cudaSetDevice(before_);
   }
 
  private:
@@ -99,6 +115,9 @@ Limits limits_of(int device) {
   Limits& limits = known[device];
   if (limits.shared_per_block == 0) {
     limits.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    const int capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                           attribute(cudaDevAttrComputeCapabilityMinor, device);
+    limits.held_bytes = held_bytes(capability, limits.shared_per_multiprocessor);
     limits.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   return limits;
@@ -106,14 +125,25 @@ Limits limits_of(int device) {
 
 void begin(const StepJob&) {}
 
+// Lets a kernel have all the shared memory that a block of this device may have: once, and never less again, because
+// other threads launch it too.
+static void grant_shared_memory(const Launch& launch, const Kernel& kernel, int device) {
+  constexpr uint32_t kGranted = 48 * 1024;  // what every kernel may have without asking
+  if (launch.shared_bytes <= kGranted) return;
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> known;
+  const int all = int(limits_of(device).shared_per_block);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (known.count({kernel.function, device})) return;
+  check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, all),
+        "no shared memory for " + name_of(launch, kernel));
+  known.insert({kernel.function, device});
+}
+
 void run(const Launch& launch, int device, void* stream) {
   const DeviceGuard guard(device);
   const Kernel kernel = find_kernel(launch.key);
-  constexpr uint32_t kGranted = 48 * 1024;  // what every kernel may have without asking
-  if (launch.shared_bytes > kGranted) {
-    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(launch.shared_bytes)),
-          "no shared memory for " + name_of(launch, kernel));
-  }
+  grant_shared_memory(launch, kernel, device);
   void* arguments[] = {const_cast<char*>(launch.params)};
   check(cudaLaunchKernel(kernel.function, dim3(launch.blocks), dim3(launch.threads), arguments, launch.shared_bytes,
                          static_cast<cudaStream_t>(stream)),

@@ -71,7 +71,11 @@ class Cutter {
     const bool with_norms = view.reduced != 0 && (need.before || need.updated);
     TensorCut cut;
     cut.geometry = geometry_of(view, with_norms);
-    const Geometry& g = cut.geometry;
+    Geometry& g = cut.geometry;
+    if (g.rows == 1) {  // every element is a group: columns or units, and only units have 64 bits
+      g.units *= g.cols;
+      g.cols = 1;
+    }
     const int64_t numel = g.numel(), unit = g.unit_size();
     cut.tile = kTileBytes / int64_t(sizeof(C));
     if (numel == 0) return cut;
@@ -79,8 +83,9 @@ class Cutter {
       cut.tiles = (numel + cut.tile - 1) / cut.tile;
       return cut;
     }
-    // Two blocks on a multiprocessor, so that one loads while the other sums.
-    const int64_t held_bytes = std::min(limits_.shared_per_block, limits_.shared_per_multiprocessor / 2 - 1024);
+    if (g.cols > int64_t(kNone))
+      throw std::runtime_error("fastwrs: a tensor has more than 2^32 norm groups side by side");
+    const int64_t held_bytes = std::min(limits_.shared_per_block, limits_.held_bytes);
     if (unit * int64_t(sizeof(C)) <= held_bytes) {
       const int64_t units = units_per_tile(g, need);
       if (fits(cut, units * g.cols, units * unit, need, true, held_bytes)) {
@@ -218,11 +223,11 @@ class Builder {
     entry.flags = (step.fresh ? kFresh : 0) | (advances ? kAdvances : 0);
     const int64_t bytes = (header_.tensors + 1) * entry_bytes() + int64_t(records_.size() + pool_.size() * 8);
     const int64_t blocks = header_.blocks + tiles;
-    if (bytes > Params<1>::kEntryBytes || blocks > kMostBlocks || entry.record == kNoRecord) {
+    if (bytes > capacity() || blocks > kMostBlocks || entry.record == kNoRecord) {
       if (empty()) throw std::runtime_error("fastwrs: a tensor is too large, or has too many dimensions, for a launch");
+      if (records_.size() > records) group_.pop_back();
       records_.resize(records);
       pool_.resize(pool);
-      group_.resize(records_.size() / record_bytes(), 0);
       return false;
     }
     const char* facts = reinterpret_cast<const char*>(&entry);
@@ -273,7 +278,8 @@ class Builder {
   static constexpr uint16_t kNoRecord = 0xffff;
 
   int64_t entry_bytes() const { return int64_t(sizeof(TensorEntry)) + arrays_ * int64_t(sizeof(void*)); }
-  size_t record_bytes() const { return group_.empty() ? 1 : records_.size() / group_.size(); }
+  // What of a launch's bytes arrives: a kernel's parameter has room for whole entries, whatever they are used for.
+  int64_t capacity() const { return Params<1>::kEntryBytes / entry_bytes() * entry_bytes(); }
 
   // The place of the group's record, which is appended if it is new. Tensors come group by group.
   uint16_t record_of(const TensorStep& step) {

@@ -15,8 +15,25 @@ namespace fastwrs::cuda {
 struct Limits {
   int64_t shared_per_block;           // bytes that a block may ask for
   int64_t shared_per_multiprocessor;  // and all blocks of a multiprocessor together
+  int64_t held_bytes;                 // the longest unit that is held on chip until its norms are known
   uint32_t threads = 256;             // of a block
 };
+
+// The longest unit that is held on chip, by compute capability: two blocks of that size fit a multiprocessor, so that
+// one loads while the other sums. Computed, not yet measured: whether one block would do for longer ones is to be
+// tried.
+struct HeldLimit {
+  int capability;
+  int64_t bytes;
+};
+constexpr HeldLimit kHeldBytes[] = {{75, 31 << 10}, {80, 81 << 10},  {86, 49 << 10},   {87, 82 << 10},
+                                    {89, 49 << 10}, {90, 113 << 10}, {100, 113 << 10}, {120, 49 << 10}};
+inline int64_t held_bytes(int capability, int64_t shared_per_multiprocessor) {
+  for (const HeldLimit& limit : kHeldBytes) {
+    if (limit.capability == capability) return limit.bytes;
+  }
+  return shared_per_multiprocessor / 2 - 1024;
+}
 
 enum class Phase { kStep, kFinish, kProject };
 
@@ -32,6 +49,7 @@ struct KernelKey {
 struct Kernel {
   const void* function;
   void (*call)(const void* params);
+  size_t params_bytes;  // what of a launch's parameters it gets
   std::string name;
 };
 Kernel find_kernel(const KernelKey& key);

@@ -45,8 +45,8 @@ def _why_not_here() -> str | None:
 def step(call: StepCall, dry_run: bool = False) -> None:
     """One step of every tensor in the call: all of them, or on an error none.
 
-    The workspace is allocated in the first step and kept with the plan. It is not allocated again unless the layout of
-    the tensors has changed, so that a step can be captured in a graph once another one has run before.
+    The workspace is allocated in the first step, and again only where one needs a larger one. The optimizer keeps all
+    of them: a step can be captured in a graph once another one has run before, and the graph's memory stays its own.
     """
     if call.workspace is not None:
         _keep_for_this_stream(call.workspace)
@@ -58,6 +58,10 @@ def step(call: StepCall, dry_run: bool = False) -> None:
         else:
             return
     size, _ = torch.ops.fastwrs.step_plan(*call.arguments())
+    if call.params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "fastwrs: this step needs a workspace, and none can be made while a graph is captured: take a step before"
+        )
     call.workspace = torch.zeros(-(-size // 4), dtype=torch.float32, device=call.params[0].device)
     _keep_for_this_stream(call.workspace)
     torch.ops.fastwrs.step(*call.arguments(), dry_run)

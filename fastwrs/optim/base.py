@@ -31,6 +31,7 @@ class FusedOptimizer(Optimizer):
 
     _plans: tuple[Plan, ...] = ()  # all for the same options, parameters and state dicts; the last one used comes first
     _records: Records | None = None
+    _workspaces: dict[torch.device, list[Tensor]]  # of the backends' launches; the last one is in use
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class FusedOptimizer(Optimizer):
         dispatch.check(backend)  # an unknown or unusable one is refused here and now
         if state_dtype not in (None, torch.bfloat16):
             raise ValueError(f"state_dtype must be None or torch.bfloat16, got {state_dtype!r}")
-        self.backend, self.state_dtype = backend, state_dtype
+        self.backend, self.state_dtype, self._workspaces = backend, state_dtype, {}
         defaults |= {"rescale": rescale, "shrink": shrink}
         read(self.rule, defaults, self.numbers(defaults))
         super().__init__(params, defaults)
@@ -168,7 +169,7 @@ class FusedOptimizer(Optimizer):
                 on(grad_scale, device),
                 on(found_inf, device),
                 measured=None,  # the place where a buffer for per-group measurements goes in
-                workspace=bundle.workspace,
+                workspace=(self._workspaces.get(device) or [None])[-1],
             )
             launches.append((bundle, call))
         return launches
@@ -183,10 +184,10 @@ class FusedOptimizer(Optimizer):
                 dispatch.launch(bundle.backend, call)
         except Exception as error:
             return error
+        finally:
+            self._keep_workspaces(launches)
         for bundle, call in launches[1:]:
             dispatch.launch(bundle.backend, call)
-        for bundle, call in launches:
-            bundle.workspace = call.workspace
         found_inf = self._amp()[1]
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf != 0):
             return None  # skipped: nothing was written. One on a device is not looked at, which would wait for it.
@@ -195,6 +196,15 @@ class FusedOptimizer(Optimizer):
             written = call.params + call.states + call.steps
             increment_version(written if call.grad_scale is None else written + call.grads)
         return None
+
+    def _keep_workspaces(self, launches: Launches) -> None:
+        """Remembers what backends have allocated. Nothing is given back: a captured graph may go on using it."""
+        for bundle, call in launches:
+            if call.workspace is None:
+                continue
+            kept = self._workspaces.setdefault(bundle.device, [])
+            if not any(call.workspace is known for known in kept):
+                kept.append(call.workspace)
 
     # ----------------------------------------------------------------------------------------------------- the checks
 
@@ -255,7 +265,7 @@ class FusedOptimizer(Optimizer):
         if checkpoint.options_to_plain not in self._optimizer_state_dict_post_hooks.values():
             self.register_state_dict_post_hook(checkpoint.options_to_plain)
         self._fill_defaults()
-        self._plans, self._records = (), None
+        self._plans, self._records, self._workspaces = (), None, {}
 
     def _fill_defaults(self) -> None:
         """Gives every group the options that it lacks."""

@@ -268,6 +268,7 @@ Limits limits_of(int) {
   Limits limits{};
   limits.shared_per_block = int64_t(emulation::number_from("EMULATED_SHARED_PER_BLOCK", 232448));
   limits.shared_per_multiprocessor = int64_t(emulation::number_from("EMULATED_SHARED_PER_MULTIPROCESSOR", 233472));
+  limits.held_bytes = limits.shared_per_multiprocessor / 2 - 1024;
   limits.threads = uint32_t(emulation::number_from("EMULATED_THREADS", limits.threads));
   return limits;
 }
@@ -286,7 +287,10 @@ void run(const Launch& launch, int device, void*) {
   if (launch.blocks == 0 || launch.threads == 0 || launch.threads % kWarp != 0) refuse_launch("an impossible grid");
   e.home.adopt();
   e.kernel = kernel.call;
-  e.params = launch.params;
+  // No more than a GPU would get of it; behind it lies what would be read beyond.
+  std::vector<char> params(kernel.params_bytes + kGuard, char(0xff));
+  std::memcpy(params.data(), launch.params, kernel.params_bytes);
+  e.params = params.data();
   e.count = launch.threads;
   e.blocks = launch.blocks;
   e.shared.assign(launch.shared_bytes + kGuard, 0);
