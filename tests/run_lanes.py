@@ -125,9 +125,9 @@ LANES = (
     Lane("house", 90, lambda: pytest_(f"not ({OTHERS})")),
     Lane("sanitizers", 200, sanitizers),
     Lane("negative control", 200, lambda: pytest_("negative_control")),
-    Lane("emulated", 240, emulated),
-    Lane("emulated control", 300, lambda: pytest_("emulated_control")),
-    Lane("compiled", 300, lambda: pytest_("compiled")),
+    Lane("emulated", 300, emulated),
+    Lane("emulated control", 400, lambda: pytest_("emulated_control")),
+    Lane("compiled", 360, lambda: pytest_("compiled")),
 )
 
 
