@@ -123,9 +123,9 @@ LANES = (
     Lane("oracle", 60, lambda: pytest_("oracle")),
     Lane("cpu", 180, lambda: pytest_("cpu and not negative_control")),
     Lane("house", 90, lambda: pytest_(f"not ({OTHERS})")),
-    Lane("sanitizers", 200, sanitizers),
-    Lane("negative control", 200, lambda: pytest_("negative_control")),
-    Lane("emulated", 300, emulated),
+    Lane("sanitizers", 240, sanitizers),
+    Lane("negative control", 300, lambda: pytest_("negative_control")),
+    Lane("emulated", 420, emulated),
     Lane("emulated control", 400, lambda: pytest_("emulated_control")),
     Lane("compiled", 360, lambda: pytest_("compiled")),
 )
