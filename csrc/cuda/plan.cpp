@@ -261,7 +261,7 @@ class Builder {
     to += sizeof header_;
     std::memcpy(to, entries_.data(), entries_.size());
     std::memcpy(to + header_.records, records_.data(), records_.size());
-    std::memcpy(to + header_.pool, pool_.data(), pool_.size() * 8);
+    if (!pool_.empty()) std::memcpy(to + header_.pool, pool_.data(), pool_.size() * 8);
     const uint32_t tile_elements = header_.tile_elements, sum_kinds = header_.sum_kinds;
     header_ = Header();
     header_.tile_elements = tile_elements;
