@@ -8,6 +8,7 @@
 #include "emulation.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if defined(__SANITIZE_THREAD__)
@@ -75,6 +76,9 @@ class Fiber {
       tsan_ = __tsan_create_fiber(0);
 #endif
     }
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stack_.get(), kStack);  // what the fiber before has left, which never returned
+#endif
 #if defined(__x86_64__)
     uintptr_t top = reinterpret_cast<uintptr_t>(stack_.get() + kStack) & ~uintptr_t(15);
     void** at = reinterpret_cast<void**>(top);
