@@ -29,7 +29,10 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ("csrc/bindings.cpp", "csrc/cpu/engine.cpp", "csrc/cpu/isa.cpp", "csrc/norms/geometry.cpp")
+SOURCES = (
+    *("csrc/bindings.cpp", "csrc/cpu/engine.cpp", "csrc/cpu/isa.cpp"),
+    *("csrc/norms/geometry.cpp", "csrc/triton/table.cpp"),
+)
 LEAVES = "csrc/cpu/leaves.cpp"  # compiled once per instruction set
 ISA_FLAGS = {
     "plain": "",

@@ -16,6 +16,7 @@
 #include "cuda/launch.h"
 #include "norms/measured.h"
 #include "rules/all.h"
+#include "triton/table.h"
 
 // A function of a library that the process has loaded, null if there is none. A Python extension's libraries are not in
 // the global scope, so they are asked by name.
@@ -73,7 +74,7 @@ struct StepArgs {
 };
 
 // Where the numbers are that a step reads, and which kernels it runs.
-enum class Kernels { kCpu, kCuda };
+enum class Kernels { kCpu, kDevice };
 
 // Fills what the job does to tensor i, apart from the tensor itself.
 TensorStep tensor_step(const StepArgs& a, int64_t i, int64_t record, const std::vector<Number>& lrs, const Place& place,
@@ -124,17 +125,17 @@ bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& j
 
   std::vector<Number> lrs;
   for (size_t i = 0; i < a.lrs.size(); ++i) {
-    lrs.push_back(kernels == Kernels::kCuda ? number_of(a.lrs[i], "lrs", place, true, int64_t(i))
-                                            : Number{number_in(a.lrs[i], "lrs", int64_t(i))});
+    lrs.push_back(kernels == Kernels::kDevice ? number_of(a.lrs[i], "lrs", place, true, int64_t(i))
+                                              : Number{number_in(a.lrs[i], "lrs", int64_t(i))});
   }
-  if (a.grad_scale.get() && kernels == Kernels::kCuda) job.grad_scale = number_of(a.grad_scale, "grad_scale", place);
+  if (a.grad_scale.get() && kernels == Kernels::kDevice) job.grad_scale = number_of(a.grad_scale, "grad_scale", place);
   if (a.grad_scale.get() && kernels == Kernels::kCpu) {
     job.grad_scale.value = number_in(a.grad_scale, "grad_scale");
     if (!(job.grad_scale.value > 0)) fail("grad_scale must be > 0, got ", job.grad_scale.value);
   }
   if (a.found_inf.get()) {
-    job.found_inf = kernels == Kernels::kCuda ? number_of(a.found_inf, "found_inf", place)
-                                              : Number{number_in(a.found_inf, "found_inf")};
+    job.found_inf = kernels == Kernels::kDevice ? number_of(a.found_inf, "found_inf", place)
+                                                : Number{number_in(a.found_inf, "found_inf")};
   }
 
   job.tensors.assign(n, TensorView());
@@ -218,7 +219,7 @@ void step_on_cuda(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
   const StepArgs a(stack);
   const Place place = a.params.empty() ? Place::cpu() : Place::of(a.params[0]);
   StepJob& job = job_to_fill();
-  if (!fill_job(a, place, Kernels::kCuda, job)) return;
+  if (!fill_job(a, place, Kernels::kDevice, job)) return;
   if (a.dry_run) return cuda::check(job, place.index);
   cuda::step(job, place.index, current_stream(place));
 }
@@ -231,12 +232,56 @@ void step_plan(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
     const StepArgs a(stack);
     const Place place = a.params.empty() ? Place::cpu() : Place::of(a.params[0]);
     StepJob& job = job_to_fill();
-    if (fill_job(a, place, Kernels::kCuda, job)) needs = cuda::needs(job, place.index);
+    if (fill_job(a, place, Kernels::kDevice, job)) needs = cuda::needs(job, place.index);
   }
   stack[0] = from(needs.workspace_bytes);
   stack[1] = from(needs.launches);
 }
 #endif
+
+// Checks what a step was given, and brings the table of the Triton kernels up to date. Kept on the host; how much of it
+// has changed is returned, with what the launches need.
+void triton_table(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
+  if (inputs != 19) fail("fastwrs::triton_table takes 19 arguments, got ", inputs);
+  triton::Needs needs;
+  {
+    const StepArgs a(stack);
+    const auto constants = to<std::vector<double>>(stack[15]);
+    const auto given = to<std::vector<int64_t>>(stack[16]);
+    const bool walk = to<bool>(stack[17]);
+    const Handle table(to<AtenTensorHandle>(stack[18]));
+    const Place place = a.params.empty() ? Place::cpu() : Place::of(a.params[0]);
+    StepJob& job = job_to_fill();
+    if (fill_job(a, place, Kernels::kDevice, job)) {
+      if (int64_t(given.size()) != triton::kSizes || *std::min_element(given.begin(), given.end()) < 1) {
+        fail("sizes must be ", triton::kSizes, " numbers above 0");
+      }
+      const int64_t record = kCommon + cpu::rule_hypers(job.rule), rows = int64_t(a.hyper.size()) / record;
+      const int64_t own = int64_t(constants.size()) / rows;
+      if (own * rows != int64_t(constants.size())) fail("constants must be as many for each of the ", rows, " records");
+      std::vector<double> records;
+      for (int64_t row = 0; row < rows; ++row) {
+        const double* h = a.hyper.data() + row * record;
+        records.insert(records.end(), {h[kLr], h[kMaximize]});
+        records.insert(records.end(), h + kEvery, h + kCommon);
+        records.insert(records.end(), constants.begin() + row * own, constants.begin() + (row + 1) * own);
+      }
+      const triton::Sizes sizes{given[0], given[1], given[2], given[3], given[4]};
+      const Words words = words_in(table, "table");
+      needs = triton::fill_table(job, records, kCommon - 1 + own, sizes, walk, words.data, words.count);
+    }
+  }
+  stack[0] = from(needs.words);
+  stack[1] = from(needs.changed);
+  stack[2] = from(needs.workspace_bytes);
+  stack[3] = from(needs.tiles);
+  stack[4] = from(needs.finish_tiles);
+  stack[5] = from(needs.project_tiles);
+  stack[6] = from(needs.tensors);
+  stack[7] = from(needs.others);
+}
+
+void triton_layout(StableIValue* stack, uint64_t, uint64_t) { stack[0] = from(triton::layout()); }
 
 // Why the CUDA kernels cannot run; empty if they can.
 void cuda_why_not(StableIValue* stack, uint64_t, uint64_t) {
@@ -335,6 +380,12 @@ STABLE_TORCH_LIBRARY(fastwrs, m) {
       "groups, int[] axes, int[] fresh, Tensor[] lrs, Tensor? grad_scale, Tensor? found_inf, Tensor? measured, Tensor? "
       "workspace, bool dry_run=False) -> (int, int)");
   m.def("cuda_why_not() -> str");
+  m.def(
+      "triton_table(str rule, Tensor[] params, Tensor[] grads, Tensor[] states, Tensor[] steps, float[] hyper, int[] "
+      "groups, int[] axes, int[] fresh, Tensor[] lrs, Tensor? grad_scale, Tensor? found_inf, Tensor? measured, Tensor? "
+      "workspace, bool dry_run, float[] constants, int[] sizes, bool walk, Tensor(a!) table) -> (int, int, int, int, "
+      "int, int, int, int)");
+  m.def("triton_layout() -> str");
   m.def("rescale_(Tensor(a!)[] tensors, int[] axes, float target) -> ()");
   m.def("channel_norms(Tensor[] tensors, int[] axes, Tensor(a!) out) -> ()");
   m.def("rules() -> str");
@@ -361,6 +412,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastwrs, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastwrs, CompositeExplicitAutograd, m) {
   m.impl("cuda_why_not", &fastwrs::cuda_why_not);
+  m.impl("triton_table", &fastwrs::triton_table);
+  m.impl("triton_layout", &fastwrs::triton_layout);
   m.impl("rules", &fastwrs::rules);
   m.impl("cpu_isa", &fastwrs::cpu_isa);
 }

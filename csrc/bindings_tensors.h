@@ -235,5 +235,26 @@ void* buffer(const Handle& tensor, const char* what, Dtype dtype, int64_t elemen
   return f.data;
 }
 
+// A contiguous list of int64 in the CPU's memory.
+struct Words {
+  int64_t* data;
+  int64_t count;
+};
+Words words_in(const Handle& tensor, const char* what) {
+  int32_t dtype = 0;
+  bool contiguous = false;
+  void* data = nullptr;
+  Words words{nullptr, 0};
+  call(aoti_torch_get_dtype(tensor.get(), &dtype));
+  call(aoti_torch_is_contiguous(tensor.get(), &contiguous));
+  if (Place::of(tensor).type != Place::cpu().type || dtype != aoti_torch_dtype_int64() || !contiguous) {
+    fail(what, " must be int64, contiguous and on the CPU");
+  }
+  call(aoti_torch_get_data_ptr(tensor.get(), &data));
+  call(aoti_torch_get_numel(tensor.get(), &words.count));
+  words.data = static_cast<int64_t*>(data);
+  return words;
+}
+
 }  // namespace
 }  // namespace fastwrs

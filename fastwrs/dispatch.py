@@ -12,13 +12,12 @@ from typing import Protocol, cast
 from torch import Tensor
 
 # Imported here and at once, so that the name `fastwrs.backends` is free for the function of the public API afterwards.
-from fastwrs.backends import cpu, cuda, reference
+from fastwrs.backends import cpu, cuda, reference, triton
 from fastwrs.plan import StepCall, Triple
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
+BACKENDS = (cuda.NAME, triton.NAME, cpu.NAME, reference.NAME)
 """All backends, in the order in which ``backend="auto"`` tries them."""
 ENVIRONMENT = "FASTWRS_BACKEND"
-_ABSENT = "not part of this version of fastwrs"
 
 
 class Backend(Protocol):
@@ -43,13 +42,12 @@ class Backend(Protocol):
         ...
 
 
-_MODULES = {name: cast(Backend, module) for name, module in (("cuda", cuda), ("cpu", cpu), ("reference", reference))}
+_MODULES = {module.NAME: cast(Backend, module) for module in (cuda, triton, cpu, reference)}
 
 
 def why_not(name: str, device_type: str | None = None, dtypes: Triple | None = None) -> str | None:
     """Why the backend cannot run (on this device and these dtypes), or None if it can."""
-    module = _MODULES.get(name)
-    return _ABSENT if module is None else module.why_not(device_type, dtypes)
+    return _MODULES[name].why_not(device_type, dtypes)
 
 
 def backends() -> dict[str, str | None]:

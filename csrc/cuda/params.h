@@ -87,9 +87,8 @@ struct Record {
   Constants constants;
 };
 
-// What the pool holds for a tensor that is measured, from Entry::measure on: the first row, the number of groups and of
-// kept dimensions, then size and stride (in rows) of each. For one that is walked, from Entry::cols on: the number of
-// dimensions, then of each the size and the stride of every array. Dimensions come in the order of the walk.
+// What the pool holds for a tensor is appended by geometry.h: from Entry::measure on where to write what is measured,
+// from Entry::cols on how one is walked by strides.
 enum MeasurePool { kFirstRow, kGroups, kKeptDims, kKept };
 
 }  // namespace fastwrs::cuda

@@ -212,11 +212,13 @@ class Builder {
       entry.numel = cut.geometry.numel();
     }
     entry.rows = cut.geometry.rows;
-    entry.cols = cut.geometry.strided() ? append_walk(cut.geometry) : uint32_t(cut.geometry.cols);
+    entry.cols =
+        cut.geometry.strided() ? uint32_t(append_walk(cut.geometry, arrays_, pool_)) : uint32_t(cut.geometry.cols);
     entry.first_block = header_.blocks;
     entry.tile = uint32_t(cut.tile);
     entry.measure = kNone;
-    if (job_.measured && view.norm_row >= 0 && view.reduced != 0) entry.measure = append_measure(view, cut.geometry);
+    if (job_.measured && view.norm_row >= 0 && view.reduced != 0)
+      entry.measure = uint32_t(append_measure(cut.geometry, view, pool_));
     entry.workspace = uint32_t(workspace);
     entry.record = record_of(step);
     entry.kind = cut.kind;
@@ -290,21 +292,6 @@ class Builder {
     append_record<C>(job_, key_.phase, step, records_);
     group_.push_back(step.group);
     return uint16_t(group_.size() - 1);
-  }
-  uint32_t append_walk(const Geometry& g) {
-    const uint32_t place = uint32_t(pool_.size());
-    pool_.push_back(int64_t(g.walk.size()));
-    for (const WalkDim& dim : g.walk) {
-      pool_.push_back(dim.size);
-      pool_.insert(pool_.end(), dim.stride, dim.stride + arrays_);
-    }
-    return place;
-  }
-  uint32_t append_measure(const TensorView& view, const Geometry& g) {
-    const uint32_t place = uint32_t(pool_.size());
-    pool_.insert(pool_.end(), {view.norm_row, group_count(view), int64_t(g.kept.size())});
-    for (const WalkDim& dim : g.kept) pool_.insert(pool_.end(), {dim.size, dim.stride[0]});
-    return place;
   }
 
   const StepJob& job_;

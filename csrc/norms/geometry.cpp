@@ -74,6 +74,23 @@ int64_t Geometry::norm_row(int64_t index) const {
   return row;
 }
 
+int64_t append_walk(const Geometry& geometry, int arrays, std::vector<int64_t>& pool) {
+  const int64_t place = int64_t(pool.size());
+  pool.push_back(int64_t(geometry.walk.size()));
+  for (const WalkDim& dim : geometry.walk) {
+    pool.push_back(dim.size);
+    pool.insert(pool.end(), dim.stride, dim.stride + arrays);
+  }
+  return place;
+}
+
+int64_t append_measure(const Geometry& geometry, const TensorView& tensor, std::vector<int64_t>& pool) {
+  const int64_t place = int64_t(pool.size());
+  pool.insert(pool.end(), {tensor.norm_row, group_count(tensor), int64_t(geometry.kept.size())});
+  for (const WalkDim& dim : geometry.kept) pool.insert(pool.end(), {dim.size, dim.stride[0]});
+  return place;
+}
+
 Geometry geometry_of(const TensorView& t, bool with_norms) {
   Geometry g;
   Dims dims;

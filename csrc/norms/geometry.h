@@ -36,6 +36,13 @@ struct Geometry {
   int64_t norm_row(int64_t index) const;
 };
 
+// For kernels that read a pool of numbers beside their table. Dimensions come in the order of the walk; both return
+// where their part begins. The walk: the number of dimensions, then of each its size and the stride of every array.
+// What is measured: the tensor's first row, its number of groups, the number of kept dimensions, then of each size and
+// stride.
+int64_t append_walk(const Geometry& geometry, int arrays, std::vector<int64_t>& pool);
+int64_t append_measure(const Geometry& geometry, const TensorView& tensor, std::vector<int64_t>& pool);
+
 // `with_norms` false: norm groups do not matter, the tensor is one run of elements.
 Geometry geometry_of(const TensorView& tensor, bool with_norms);
 

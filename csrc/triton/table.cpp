@@ -1,0 +1,246 @@
+#include "table.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+
+#include "../norms/geometry.h"
+
+namespace fastwrs::triton {
+namespace {
+
+// X(name): lists in the order of table.py.
+#define FASTWRS_HEADER(X)                                                                                  \
+  X(tensors)                                                                                               \
+  X(tiles) X(finish_tiles) X(project_tiles) X(records) X(record_numbers) X(pool) X(step_map) X(finish_map) \
+      X(project_map) X(grad_scale) X(found_inf) X(measured) X(ticket) X(workspace) X(spare)
+#define FASTWRS_ENTRY(X)                                                                                            \
+  X(param)                                                                                                          \
+  X(grad) X(state0) X(state1) X(state2) X(step) X(lr) X(flags) X(kind) X(numel) X(unit) X(rows) X(cols)             \
+      X(units_per_tile) X(first_tile) X(first_finish) X(first_project) X(record) X(partial) X(per_sum) X(row_tiles) \
+          X(measure) X(walk) X(groups)
+#define FASTWRS_KINDS(X) X(units) X(long) X(partial) X(strip) X(nothing)
+#define FASTWRS_FLAGS(X) X(fresh) X(lr_is_double) X(aligned) X(grouped)
+
+#define FASTWRS_NAME(name) k_##name,
+namespace header {
+enum { FASTWRS_HEADER(FASTWRS_NAME) kWords };
+}
+namespace entry {
+enum { FASTWRS_ENTRY(FASTWRS_NAME) kWords };
+}
+namespace kind {
+enum { FASTWRS_KINDS(FASTWRS_NAME) };
+}
+namespace flag {
+enum { FASTWRS_FLAGS(FASTWRS_NAME) };
+}
+#undef FASTWRS_NAME
+
+constexpr int64_t kTicketBytes = 16;
+constexpr int64_t kVectorBytes = 16;
+constexpr int64_t kMostTiles = 0x7fffffff;
+
+int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+int64_t address(const void* pointer) { return int64_t(reinterpret_cast<uintptr_t>(pointer)); }
+
+// What a tensor becomes: its entry, and how many programs it gets in each launch.
+struct Cut {
+  int64_t entry[entry::kWords] = {};
+  int64_t tiles = 0, finish_tiles = 0, project_tiles = 0, sums = 0;
+};
+
+int64_t shortest_bytes(const Dtypes& d) { return std::min({size_of(d.param), size_of(d.grad), size_of(d.state)}); }
+
+void cut_into_tiles(const StepJob& job, const TensorStep& step, const Geometry& g, const Sizes& sizes, bool grouped,
+                    bool measured, Cut& cut) {
+  int64_t* e = cut.entry;
+  const int64_t numel = g.numel();
+  e[entry::k_units_per_tile] = 1;
+  if (!grouped) {
+    e[entry::k_unit] = e[entry::k_rows] = sizes.tile;
+    e[entry::k_cols] = 1;
+    cut.tiles = divide_up(numel, sizes.tile);
+    return;
+  }
+  const int64_t unit = g.unit_size();
+  e[entry::k_unit] = unit;
+  e[entry::k_rows] = g.rows;
+  e[entry::k_cols] = g.cols;
+  if (unit <= sizes.tile) {
+    // As many units as fit; if possible so many that the next tile begins on a vector.
+    const int64_t fit = sizes.tile / unit, vector = kVectorBytes / shortest_bytes(job.dtypes);
+    const int64_t multiple = vector / std::gcd(unit, vector);
+    e[entry::k_units_per_tile] = fit >= multiple ? fit / multiple * multiple : fit;
+    cut.tiles = divide_up(g.units, e[entry::k_units_per_tile]);
+    return;
+  }
+  if (unit <= sizes.tile * sizes.held && !g.strided() && !measured && (g.cols == 1 || step.rate == 0)) {
+    e[entry::k_kind] = kind::k_long;
+    cut.tiles = g.units;
+    return;
+  }
+  // No program holds a whole unit: sums of each part go to the workspace, and further launches finish them and scale.
+  const bool one = g.cols == 1;
+  e[entry::k_kind] = one ? kind::k_partial : kind::k_strip;
+  const int64_t row_tiles = divide_up(g.rows, one ? sizes.tile : sizes.height);
+  e[entry::k_row_tiles] = row_tiles;
+  e[entry::k_per_sum] = g.units * row_tiles * g.cols;
+  cut.tiles = cut.project_tiles = g.units * row_tiles * (one ? 1 : divide_up(g.cols, sizes.width));
+  cut.finish_tiles = g.units * divide_up(g.cols, sizes.finish_width);
+  cut.sums = (measured ? 4 : 1) * e[entry::k_per_sum] + g.groups();
+}
+
+Cut cut_of(const StepJob& job, size_t i, const Sizes& sizes, bool measured, bool grouped, const Geometry& g,
+           std::vector<int64_t>& pool) {
+  const TensorView& view = job.tensors[i];
+  const TensorStep& step = job.steps[i];
+  const bool walk = g.strided();
+  Cut cut;
+  int64_t* e = cut.entry;
+  int64_t together = 0;
+  for (int k = 0; k < view.arrays; ++k) {
+    e[entry::k_param + k] = address(view.array[k].data);
+    together |= address(view.array[k].data);
+  }
+  e[entry::k_step] = address(step.step);
+  e[entry::k_lr] = address(step.lr.data);
+  e[entry::k_flags] = int64_t(step.fresh) << flag::k_fresh |
+                      int64_t(step.lr.data && step.lr.dtype == Dtype::kFloat64) << flag::k_lr_is_double |
+                      int64_t(!walk && together % kVectorBytes == 0) << flag::k_aligned |
+                      int64_t(view.reduced != 0) << flag::k_grouped;
+  e[entry::k_record] = step.group;
+  e[entry::k_numel] = g.numel();
+  e[entry::k_measure] = measured ? append_measure(g, view, pool) : -1;
+  e[entry::k_walk] = walk ? append_walk(g, view.arrays, pool) : -1;
+  if (g.numel() > 0) {
+    cut_into_tiles(job, step, g, sizes, grouped, measured, cut);
+  } else {
+    e[entry::k_kind] = kind::k_nothing;
+    e[entry::k_unit] = 1;
+    e[entry::k_groups] = measured ? group_count(view) : 0;
+    cut.tiles = divide_up(e[entry::k_groups], sizes.tile);
+  }
+  return cut;
+}
+
+// Numbers in the compute type, two to a word where that is fp32.
+template <class C>
+void append_numbers(const std::vector<double>& numbers, std::vector<int64_t>& words) {
+  const std::vector<C> narrow(numbers.begin(), numbers.end());
+  const size_t place = words.size(), bytes = narrow.size() * sizeof(C);
+  words.resize(place + (bytes + 7) / 8);
+  std::memcpy(words.data() + place, narrow.data(), bytes);
+}
+
+// Which tensor each program of a launch works on: `first` is the word of an entry that says where its programs begin.
+void write_map(const int64_t* entries, int64_t tensors, int first, int64_t tiles, int64_t* words) {
+  int32_t* map = reinterpret_cast<int32_t*>(words);
+  for (int64_t i = 0; i < tensors; ++i) {
+    const int64_t begin = entries[i * entry::kWords + first];
+    const int64_t end = i + 1 < tensors ? entries[(i + 1) * entry::kWords + first] : tiles;
+    std::fill(map + begin, map + end, int32_t(i));
+  }
+}
+
+}  // namespace
+
+Needs fill_table(const StepJob& job, const std::vector<double>& records, int64_t width, const Sizes& sizes, bool walk,
+                 int64_t* table, int64_t room) {
+  static thread_local std::vector<int64_t> words, pool;
+  words.assign(header::kWords, 0);
+  pool.clear();
+  Needs needs;
+  int64_t sums = 0;
+  for (size_t i = 0; i < job.tensors.size(); ++i) {
+    const TensorView& view = job.tensors[i];
+    const TensorStep& step = job.steps[i];
+    const bool measured = job.measured && view.reduced != 0;
+    const bool grouped = view.reduced != 0 && (step.every > 0 || step.rate != 0 || measured);
+    const Geometry g = geometry_of(view, grouped);
+    if (g.strided() != walk) {
+      ++needs.others;
+      continue;
+    }
+    Cut cut = cut_of(job, i, sizes, measured, grouped, g, pool);
+    cut.entry[entry::k_first_tile] = needs.tiles;
+    cut.entry[entry::k_first_finish] = needs.finish_tiles;
+    cut.entry[entry::k_first_project] = needs.project_tiles;
+    cut.entry[entry::k_partial] = sums;
+    needs.tiles += cut.tiles;
+    needs.finish_tiles += cut.finish_tiles;
+    needs.project_tiles += cut.project_tiles;
+    sums += cut.sums;
+    ++needs.tensors;
+    words.insert(words.end(), cut.entry, cut.entry + entry::kWords);
+  }
+  if (std::max({needs.tiles, needs.finish_tiles, needs.project_tiles}) > kMostTiles) {
+    throw std::runtime_error("fastwrs: the tensors are too large for one launch");
+  }
+  const bool wide = job.dtypes.param == Dtype::kFloat64;
+  needs.workspace_bytes = kTicketBytes + sums * (wide ? 8 : 4);
+
+  const auto address_of = [](const Number& number) { return address(number.data); };
+  const int64_t numbers_at = int64_t(words.size());
+  if (wide) {
+    append_numbers<double>(records, words);
+  } else {
+    append_numbers<float>(records, words);
+  }
+  const int64_t pool_at = int64_t(words.size());
+  words.insert(words.end(), pool.begin(), pool.end());
+  const int64_t maps_at = int64_t(words.size());
+  const int64_t finish_at = maps_at + divide_up(needs.tiles, 2);
+  const int64_t project_at = finish_at + divide_up(needs.finish_tiles, 2);
+  needs.words = project_at + divide_up(needs.project_tiles, 2);
+
+  int64_t* h = words.data();
+  h[header::k_tensors] = needs.tensors;
+  h[header::k_tiles] = needs.tiles;
+  h[header::k_finish_tiles] = needs.finish_tiles;
+  h[header::k_project_tiles] = needs.project_tiles;
+  h[header::k_records] = numbers_at;
+  h[header::k_record_numbers] = width;
+  h[header::k_pool] = pool_at;
+  h[header::k_step_map] = maps_at;
+  h[header::k_finish_map] = finish_at;
+  h[header::k_project_map] = project_at;
+  h[header::k_grad_scale] = address_of(job.grad_scale);
+  h[header::k_found_inf] = address_of(job.found_inf);
+  h[header::k_measured] = address(job.measured);
+  h[header::k_ticket] = address(job.workspace);
+  h[header::k_workspace] = address(job.workspace) + kTicketBytes;
+  if (needs.words > room) return needs;
+
+  // The maps follow from the header and from where the programs of each tensor begin.
+  bool same_maps = std::equal(h, h + header::k_grad_scale, table);
+  for (int64_t i = 0; same_maps && i < needs.tensors; ++i) {
+    const int64_t at = header::kWords + i * entry::kWords;
+    same_maps =
+        std::equal(h + at + entry::k_first_tile, h + at + entry::k_first_project + 1, table + at + entry::k_first_tile);
+  }
+  if (!same_maps) {
+    const int64_t* entries = h + header::kWords;
+    int64_t* t = table;
+    if (needs.words > maps_at) std::fill(t + maps_at, t + needs.words, 0);
+    write_map(entries, needs.tensors, entry::k_first_tile, needs.tiles, t + maps_at);
+    write_map(entries, needs.tensors, entry::k_first_finish, needs.finish_tiles, t + finish_at);
+    write_map(entries, needs.tensors, entry::k_first_project, needs.project_tiles, t + project_at);
+    needs.changed = needs.words;
+  } else {
+    needs.changed = maps_at;
+    while (needs.changed > 0 && h[needs.changed - 1] == table[needs.changed - 1]) --needs.changed;
+  }
+  std::copy(words.begin(), words.end(), table);
+  return needs;
+}
+
+std::string layout() {
+#define FASTWRS_NAME(name) " " #name
+  return "header:" FASTWRS_HEADER(FASTWRS_NAME) "\nentry:" FASTWRS_ENTRY(FASTWRS_NAME)  //
+      "\nkinds:" FASTWRS_KINDS(FASTWRS_NAME) "\nflags:" FASTWRS_FLAGS(FASTWRS_NAME);
+#undef FASTWRS_NAME
+}
+
+}  // namespace fastwrs::triton

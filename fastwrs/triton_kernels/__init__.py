@@ -1,0 +1,1 @@
+"""The Triton kernels. Imported when the backend first runs: nothing else needs Triton."""

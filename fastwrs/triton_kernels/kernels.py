@@ -1,0 +1,462 @@
+"""The kernels. A program takes one tile of one tensor: it updates the tile, and where norms are to be set and the tile
+holds whole norm groups it keeps the new weights in registers until their norms are known, so that every array is read
+and written once. Where a group does not fit, ``step_kernel`` writes the weights and leaves sums of squares in the
+workspace, ``finish_kernel`` makes factors of them and ``project_kernel`` scales.
+
+Whether this step counts (found_inf), rescales or shrinks is decided here, from numbers in device memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastwrs.triton_kernels import table as words
+from fastwrs.triton_kernels.norms import (
+    divided,
+    due,
+    group_totals,
+    learning_rate,
+    projection_factor,
+    write_measured,
+    write_measured_of_nothing,
+)
+from fastwrs.triton_kernels.numeric import is_finite, quotient, square_root
+
+VECTOR = tl.constexpr(8)  # elements: 16 bytes of the shortest type
+
+
+@triton.jit
+def _is_skipped(table):
+    # Any non-zero found_inf, NaN too.
+    at = tl.load(table + words.FOUND_INF)
+    found = 0.0
+    if at != 0:
+        found = tl.load(at.to(tl.pointer_type(tl.float32)))
+    return found != 0
+
+
+@triton.jit
+def _control_of(table, entry, COMPUTE: tl.constexpr):
+    records = (table + tl.load(table + words.RECORDS)).to(tl.pointer_type(COMPUTE))
+    return records + tl.load(entry + words.RECORD) * tl.load(table + words.RECORD_NUMBERS)
+
+
+@triton.jit
+def _entry_of(table, tensor):
+    return table + words.HEADER_WORDS + tensor * words.ENTRY_WORDS
+
+
+@triton.jit
+def _walked(table, entry, index, array, ARRAYS: tl.constexpr):
+    # Where element `index` of the walk lies in an array.
+    dims = table + tl.load(table + words.POOL) + tl.load(entry + words.WALK_AT)
+    offset = tl.zeros_like(index)
+    d = tl.load(dims) - 1
+    while d >= 0:
+        dim = dims + 1 + d * (1 + ARRAYS)
+        size = tl.load(dim)
+        offset += index % size * tl.load(dim + 1 + array)
+        index = index // size
+        d -= 1
+    return offset
+
+
+@triton.jit
+def _places(table, entry, array, KIND: tl.constexpr, start, within, ALIGNED: tl.constexpr, WALK: tl.constexpr,
+            ARRAYS: tl.constexpr):  # fmt: skip
+    # Addresses of elements `start + within` of an array.
+    at = tl.load(entry + array)
+    if ALIGNED:
+        at = tl.multiple_of(at, 16)
+        array_start = at.to(tl.pointer_type(KIND))
+        return tl.multiple_of(array_start, 16) + start // VECTOR * VECTOR + within
+    elif WALK:
+        return at.to(tl.pointer_type(KIND)) + _walked(table, entry, start + within, array, ARRAYS)
+    else:
+        return at.to(tl.pointer_type(KIND)) + start + within
+
+
+@triton.jit
+def _update(table, entry, control, scalars, start, within, mask, UPDATE: tl.constexpr, SLOTS: tl.constexpr,
+            TYPES: tl.constexpr, ALIGNED: tl.constexpr, WALK: tl.constexpr):  # fmt: skip
+    """Updates some elements and writes their states. Returns weights before and after, gradient and step.
+
+    The gradient is that which the user sees: unscaled, not negated.
+    """
+    ARRAYS: tl.constexpr = 2 + SLOTS
+    COMPUTE: tl.constexpr = TYPES[3]
+    p = _places(table, entry, words.PARAM, TYPES[0], start, within, ALIGNED, WALK, ARRAYS)
+    g = _places(table, entry, words.GRAD, TYPES[1], start, within, ALIGNED, WALK, ARRAYS)
+    before = tl.load(p, mask, other=0).to(COMPUTE)
+    grad = tl.load(g, mask, other=0).to(COMPUTE)
+    s0, s1, s2 = before, before, before
+    if SLOTS > 0:
+        a0 = _places(table, entry, words.STATE0, TYPES[2], start, within, ALIGNED, WALK, ARRAYS)
+        s0 = tl.load(a0, mask, other=0).to(COMPUTE)
+    if SLOTS > 1:
+        a1 = _places(table, entry, words.STATE1, TYPES[2], start, within, ALIGNED, WALK, ARRAYS)
+        s1 = tl.load(a1, mask, other=0).to(COMPUTE)
+    if SLOTS > 2:
+        a2 = _places(table, entry, words.STATE2, TYPES[2], start, within, ALIGNED, WALK, ARRAYS)
+        s2 = tl.load(a2, mask, other=0).to(COMPUTE)
+    scale_at = tl.load(table + words.GRAD_SCALE)
+    if scale_at != 0:
+        grad = quotient(grad, tl.load(scale_at.to(tl.pointer_type(tl.float32))).to(COMPUTE))
+        tl.store(g, grad.to(TYPES[1]), mask)
+    signed = tl.where(tl.load(control + words.MAXIMIZE) != 0, -grad, grad)
+    after, step, s0, s1, s2 = UPDATE(before, signed, s0, s1, s2, scalars, SLOTS)
+    if SLOTS > 0:
+        tl.store(a0, s0.to(TYPES[2]), mask)
+    if SLOTS > 1:
+        tl.store(a1, s1.to(TYPES[2]), mask)
+    if SLOTS > 2:
+        tl.store(a2, s2.to(TYPES[2]), mask)
+    return p, before, after, grad, step
+
+
+@triton.jit
+def _leave_sum(table, entry, kind, place, total, mask, COMPUTE: tl.constexpr):
+    workspace = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(entry + words.PARTIAL_AT)
+    tl.store(workspace + kind * tl.load(entry + words.PER_SUM) + place, total, mask)
+
+
+@triton.jit
+def _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE: tl.constexpr,
+               SLOTS: tl.constexpr, TYPES: tl.constexpr, MEASURE: tl.constexpr, ALIGNED: tl.constexpr,
+               WALK: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """A tile of consecutive elements: whole units, or a part of one unit with one norm group."""
+    COMPUTE: tl.constexpr = TYPES[3]
+    within = tl.arange(0, TILE)
+    count = count.to(tl.int32)
+    if ALIGNED:
+        count = count // VECTOR * VECTOR
+    mask = within < count
+    p, before, after, grad, step = _update(
+        table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, ALIGNED, WALK
+    )
+    kind = tl.load(entry + words.KIND)
+    measured = MEASURE and tl.load(entry + words.MEASURE_AT) >= 0
+    new = after.to(TYPES[0])
+    if kind == words.PARTIAL:
+        stored = tl.where(mask, new.to(COMPUTE), 0)
+        if MEASURE:
+            if measured:
+                always = tile >= 0
+                _leave_sum(table, entry, 0, tile, tl.sum(before * before), always, COMPUTE)
+                _leave_sum(table, entry, 1, tile, tl.sum(stored * stored), always, COMPUTE)
+                _leave_sum(table, entry, 2, tile, tl.sum(tl.where(mask, grad * grad, 0)), always, COMPUTE)
+                _leave_sum(table, entry, 3, tile, tl.sum(tl.where(mask, step * step, 0)), always, COMPUTE)
+        else:
+            if rescale | shrink:
+                x = tl.where(shrink, before, stored)
+                _leave_sum(table, entry, 0, tile, tl.sum(x * x), tile >= 0, COMPUTE)
+    elif rescale | shrink | measured:
+        rows, cols = tl.load(entry + words.ROWS).to(tl.int32), tl.load(entry + words.COLS).to(tl.int32)
+        unit = tl.load(entry + words.UNIT).to(tl.int32)
+        groups = count // unit * cols
+        after = tl.where(mask, after, 0)
+        if MEASURE:
+            norm = square_root(group_totals(before, count, rows, cols, unit, TILE))
+            updated = square_root(group_totals(after, count, rows, cols, unit, TILE))
+            factor = projection_factor(control, lr, rescale, shrink, norm, updated)
+            if measured:
+                grad_norm = square_root(group_totals(grad, count, rows, cols, unit, TILE))
+                step_norm = square_root(group_totals(step, count, rows, cols, unit, TILE))
+                inverse_unit = quotient(1.0, unit.to(tl.float32))
+                of_unit, place = divided(within, inverse_unit, unit)
+                group = tile * tl.load(entry + words.UNITS_PER_TILE) * cols + of_unit * cols + place
+                write_measured(table, entry, group, mask & (place < cols), factor, rescale, shrink, norm, updated,
+                               grad_norm, step_norm)  # fmt: skip
+            new = (after * factor).to(TYPES[0])
+        else:
+            x = tl.where(shrink, before, after)
+            if groups == 1:
+                one = square_root(tl.sum(x * x))
+                new = (after * projection_factor(control, lr, rescale, shrink, one, one)).to(TYPES[0])
+            else:
+                each = square_root(group_totals(x, count, rows, cols, unit, TILE))
+                new = (after * projection_factor(control, lr, rescale, shrink, each, each)).to(TYPES[0])
+    tl.store(p, new, mask)
+
+
+@triton.jit
+def _long_tile(table, entry, control, scalars, lr, rescale, shrink, start, UPDATE: tl.constexpr, SLOTS: tl.constexpr,
+               TYPES: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, HELD: tl.constexpr):  # fmt: skip
+    """One unit of up to HELD tiles, held in registers: of one norm group, or of several that are only rescaled."""
+    unit = tl.load(entry + words.UNIT).to(tl.int32)
+    if ALIGNED:
+        unit = unit // VECTOR * VECTOR
+    cols = tl.load(entry + words.COLS).to(tl.int32)
+    within = tl.arange(0, TILE)
+    nothing = tl.zeros([TILE], TYPES[3])
+    w0, w1, w2, w3 = nothing, nothing, nothing, nothing
+    total = tl.sum(nothing)
+    k = 0
+    while k * TILE < unit:
+        mask = within < unit - k * TILE
+        _p, before, after, _g, _u = _update(table, entry, control, scalars, start + k * TILE, within, mask, UPDATE,
+                                            SLOTS, TYPES, ALIGNED, False)  # fmt: skip
+        after = tl.where(mask, after, 0)
+        x = tl.where(shrink, before, after)
+        total += tl.sum(x * x)
+        w0, w1 = tl.where(k == 0, after, w0), tl.where(k == 1, after, w1)
+        if HELD == 4:
+            w2, w3 = tl.where(k == 2, after, w2), tl.where(k == 3, after, w3)
+        k += 1
+    if cols == 1:
+        if rescale | shrink:
+            norm = square_root(total)
+            factor = projection_factor(control, lr, rescale, shrink, norm, norm)
+            w0, w1, w2, w3 = w0 * factor, w1 * factor, w2 * factor, w3 * factor
+    elif rescale:
+        inverse = quotient(1.0, cols.to(tl.float32))
+        col = 0
+        while col < cols:
+            c0, c1 = _is_col(within, inverse, cols, col), _is_col(within + TILE, inverse, cols, col)
+            squares = tl.where(c0, w0 * w0, 0) + tl.where(c1, w1 * w1, 0)
+            if HELD == 4:
+                c2, c3 = _is_col(within + 2 * TILE, inverse, cols, col), _is_col(within + 3 * TILE, inverse, cols, col)
+                squares += tl.where(c2, w2 * w2, 0) + tl.where(c3, w3 * w3, 0)
+            norm = square_root(tl.sum(squares))
+            factor = projection_factor(control, lr, rescale, shrink, norm, norm)
+            w0, w1 = tl.where(c0, w0 * factor, w0), tl.where(c1, w1 * factor, w1)
+            if HELD == 4:
+                w2, w3 = tl.where(c2, w2 * factor, w2), tl.where(c3, w3 * factor, w3)
+            col += 1
+    k = 0
+    while k * TILE < unit:
+        p = _places(table, entry, words.PARAM, TYPES[0], start + k * TILE, within, ALIGNED, False, 2 + SLOTS)
+        new = tl.where(k == 0, w0, w1)
+        if HELD == 4:
+            new = tl.where(k < 2, new, tl.where(k == 2, w2, w3))
+        tl.store(p, new.to(TYPES[0]), within < unit - k * TILE)
+        k += 1
+
+
+@triton.jit
+def _is_col(place, inverse, cols, col):
+    _row, mine = divided(place, inverse, cols)
+    return mine == col
+
+
+@triton.jit
+def _strip(entry, tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Some rows and columns of a unit: its number, first element, places, mask, and the first of its sums."""
+    rows, cols = tl.load(entry + words.ROWS), tl.load(entry + words.COLS)
+    strips, row_tiles = tl.cdiv(cols, WIDTH), tl.load(entry + words.ROW_TILES)
+    strip, row_tile = tile % strips, tile // strips % row_tiles
+    unit = tile // strips // row_tiles
+    row = row_tile * HEIGHT + tl.arange(0, HEIGHT)
+    col = strip * WIDTH + tl.arange(0, WIDTH)
+    within = row[:, None] * cols + col[None, :]
+    mask = (row[:, None] < rows) & (col[None, :] < cols)
+    return unit, unit * rows * cols, within, mask, (unit * row_tiles + row_tile) * cols + col, col
+
+
+@triton.jit
+def _strip_tile(table, entry, control, scalars, rescale, shrink, tile, UPDATE: tl.constexpr, SLOTS: tl.constexpr,
+                TYPES: tl.constexpr, MEASURE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Some rows of some columns of one unit: the weights are written at once, sums are left for each column."""
+    COMPUTE: tl.constexpr = TYPES[3]
+    _unit, start, within, mask, place, col = _strip(entry, tile, HEIGHT, WIDTH)
+    p, before, after, grad, step = _update(
+        table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, False, False
+    )
+    new = after.to(TYPES[0])
+    stored = tl.where(mask, new.to(COMPUTE), 0)
+    there = col < tl.load(entry + words.COLS)
+    if MEASURE:
+        if tl.load(entry + words.MEASURE_AT) >= 0:
+            grad, step = tl.where(mask, grad, 0), tl.where(mask, step, 0)
+            _leave_sum(table, entry, 0, place, tl.sum(before * before, axis=0), there, COMPUTE)
+            _leave_sum(table, entry, 1, place, tl.sum(stored * stored, axis=0), there, COMPUTE)
+            _leave_sum(table, entry, 2, place, tl.sum(grad * grad, axis=0), there, COMPUTE)
+            _leave_sum(table, entry, 3, place, tl.sum(step * step, axis=0), there, COMPUTE)
+    else:
+        if rescale | shrink:
+            x = tl.where(shrink, before, stored)
+            _leave_sum(table, entry, 0, place, tl.sum(x * x, axis=0), there, COMPUTE)
+    tl.store(p, new, mask)
+
+
+@triton.jit
+def _advance_steps(table, BLOCK: tl.constexpr):
+    """The last program to come advances the steps of all tensors: by then every other has read them."""
+    tl.debug_barrier()  # all threads of this program have read their step
+    ticket = tl.load(table + words.TICKET).to(tl.pointer_type(tl.int32))
+    if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
+        tl.store(ticket, 0)
+        tensors = tl.load(table + words.TENSORS)
+        first = tl.zeros_like(tensors)
+        while first < tensors:
+            tensor = first + tl.arange(0, BLOCK)
+            mask = tensor < tensors
+            step = tl.load(_entry_of(table, tensor) + words.STEP, mask, other=0).to(tl.pointer_type(tl.float32))
+            tl.store(step, tl.load(step, mask, other=0) + 1, mask)
+            first += BLOCK
+
+
+@triton.jit
+def step_kernel(table, PREPARE: tl.constexpr, UPDATE: tl.constexpr, SLOTS: tl.constexpr, TYPES: tl.constexpr,
+                MEASURE: tl.constexpr, WALK: tl.constexpr, TILE: tl.constexpr, HELD: tl.constexpr,
+                HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """One step of all tensors of a table. TYPES: of parameter, gradient, states, and the compute type."""
+    table = tl.multiple_of(table, 16)
+    COMPUTE: tl.constexpr = TYPES[3]
+    if not _is_skipped(table):
+        program = tl.program_id(0)
+        if program < tl.load(table + words.TILES):
+            numbers = (table + tl.load(table + words.STEP_MAP)).to(tl.pointer_type(tl.int32))
+            entry = _entry_of(table, tl.load(numbers + program).to(tl.int64))
+            control = _control_of(table, entry, COMPUTE)
+            tile = program.to(tl.int64) - tl.load(entry + words.FIRST_TILE)
+            t = tl.load(tl.load(entry + words.STEP).to(tl.pointer_type(tl.float32))).to(COMPUTE) + 1
+            lr = learning_rate(entry, control)
+            rescale, shrink = due(entry, control, lr, t)
+            flags, kind, unit = (
+                tl.load(entry + words.FLAG_BITS),
+                tl.load(entry + words.KIND),
+                tl.load(entry + words.UNIT),
+            )
+            scalars = PREPARE(control + words.CONTROL_NUMBERS, lr, t, (t == 1) | ((flags & words.FRESH) != 0))
+            if kind == words.STRIP:
+                if not WALK:
+                    _strip_tile(table, entry, control, scalars, rescale, shrink, tile, UPDATE, SLOTS, TYPES, MEASURE,
+                                HEIGHT, WIDTH)  # fmt: skip
+            elif kind == words.LONG:
+                if not (WALK or MEASURE):
+                    if ((flags & words.ALIGNED) != 0) & (unit % VECTOR == 0):
+                        _long_tile(table, entry, control, scalars, lr, rescale, shrink, tile * unit, UPDATE, SLOTS,
+                                   TYPES, True, TILE, HELD)  # fmt: skip
+                    else:
+                        _long_tile(table, entry, control, scalars, lr, rescale, shrink, tile * unit, UPDATE, SLOTS,
+                                   TYPES, False, TILE, HELD)  # fmt: skip
+            elif kind == words.NOTHING:
+                if MEASURE:
+                    write_measured_of_nothing(table, entry, tile, TILE)
+            else:
+                size = unit * tl.load(entry + words.UNITS_PER_TILE)
+                start = tile * size
+                end = tl.load(entry + words.NUMEL)
+                if kind == words.PARTIAL:
+                    row_tiles = tl.load(entry + words.ROW_TILES)
+                    size = tl.zeros_like(size) + TILE
+                    end = tile // row_tiles * unit + unit
+                    start = end - unit + tile % row_tiles * TILE
+                count = tl.minimum(size, end - start)
+                whole = (start % VECTOR == 0) & (count % VECTOR == 0)
+                if WALK:
+                    _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE, SLOTS,
+                               TYPES, MEASURE, False, True, TILE)  # fmt: skip
+                else:
+                    if ((flags & words.ALIGNED) != 0) & whole:
+                        _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE,
+                                   SLOTS, TYPES, MEASURE, True, False, TILE)  # fmt: skip
+                    else:
+                        _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE,
+                                   SLOTS, TYPES, MEASURE, False, False, TILE)  # fmt: skip
+        if tl.load(table + words.PROJECT_TILES) == 0:
+            _advance_steps(table, TILE)
+
+
+@triton.jit
+def _compensated_sum(table, entry, kind, unit, col, there, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+                     COMPUTE: tl.constexpr):  # fmt: skip
+    # The partial sums of some columns of a unit, in a fixed order, with what rounding loses kept.
+    cols, row_tiles = tl.load(entry + words.COLS), tl.load(entry + words.ROW_TILES)
+    sums = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(entry + words.PARTIAL_AT)
+    sums += kind * tl.load(entry + words.PER_SUM) + unit * row_tiles * cols
+    total = tl.zeros([HEIGHT, WIDTH], COMPUTE)
+    lost = tl.zeros([HEIGHT, WIDTH], COMPUTE)
+    first = tl.zeros_like(row_tiles)
+    while first < row_tiles:
+        row = first + tl.arange(0, HEIGHT)
+        mask = (row[:, None] < row_tiles) & there[None, :]
+        x = tl.load(sums + row[:, None] * cols + col[None, :], mask, other=0) - lost
+        new = total + x
+        lost = tl.where(is_finite(new), (new - total) - x, 0)
+        total = new
+        first += HEIGHT
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def finish_kernel(table, COMPUTE: tl.constexpr, MEASURE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Makes factors of the partial sums: some columns of one unit for each program."""
+    table = tl.multiple_of(table, 16)
+    if not _is_skipped(table):
+        numbers = (table + tl.load(table + words.FINISH_MAP)).to(tl.pointer_type(tl.int32))
+        program = tl.program_id(0)
+        entry = _entry_of(table, tl.load(numbers + program).to(tl.int64))
+        control = _control_of(table, entry, COMPUTE)
+        tile = program.to(tl.int64) - tl.load(entry + words.FIRST_FINISH)
+        t = tl.load(tl.load(entry + words.STEP).to(tl.pointer_type(tl.float32))).to(COMPUTE) + 1
+        lr = learning_rate(entry, control)
+        rescale, shrink = due(entry, control, lr, t)
+        measured = MEASURE and tl.load(entry + words.MEASURE_AT) >= 0
+        if rescale | shrink | measured:
+            cols = tl.load(entry + words.COLS)
+            strips = tl.cdiv(cols, WIDTH)
+            unit = tile // strips
+            col = tile % strips * WIDTH + tl.arange(0, WIDTH)
+            there = col < cols
+            group = unit * cols + col
+            norm = square_root(_compensated_sum(table, entry, 0, unit, col, there, HEIGHT, WIDTH, COMPUTE))
+            kinds: tl.constexpr = 4 if MEASURE else 1
+            if MEASURE:
+                updated = square_root(_compensated_sum(table, entry, 1, unit, col, there, HEIGHT, WIDTH, COMPUTE))
+                factor = projection_factor(control, lr, rescale, shrink, norm, updated)
+                grad = square_root(_compensated_sum(table, entry, 2, unit, col, there, HEIGHT, WIDTH, COMPUTE))
+                step = square_root(_compensated_sum(table, entry, 3, unit, col, there, HEIGHT, WIDTH, COMPUTE))
+                write_measured(table, entry, group, there, factor, rescale, shrink, norm, updated, grad, step)
+            else:
+                factor = projection_factor(control, lr, rescale, shrink, norm, norm)
+            _leave_sum(table, entry, kinds, group, factor, there, COMPUTE)
+
+
+@triton.jit
+def project_kernel(table, PARAM: tl.constexpr, COMPUTE: tl.constexpr, SLOTS: tl.constexpr, MEASURE: tl.constexpr,
+                   WALK: tl.constexpr, TILE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Multiplies the weights that fit no tile by the factors of their groups."""
+    table = tl.multiple_of(table, 16)
+    if not _is_skipped(table):
+        program = tl.program_id(0)
+        numbers = (table + tl.load(table + words.PROJECT_MAP)).to(tl.pointer_type(tl.int32))
+        entry = _entry_of(table, tl.load(numbers + program).to(tl.int64))
+        control = _control_of(table, entry, COMPUTE)
+        tile = program.to(tl.int64) - tl.load(entry + words.FIRST_PROJECT)
+        t = tl.load(tl.load(entry + words.STEP).to(tl.pointer_type(tl.float32))).to(COMPUTE) + 1
+        lr = learning_rate(entry, control)
+        rescale, shrink = due(entry, control, lr, t)
+        if rescale | shrink:
+            kinds: tl.constexpr = 4 if MEASURE else 1
+            factors = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(entry + words.PARTIAL_AT)
+            factors += kinds * tl.load(entry + words.PER_SUM)
+            if tl.load(entry + words.KIND) == words.STRIP:
+                if not WALK:
+                    unit, start, within, mask, _place, col = _strip(entry, tile, HEIGHT, WIDTH)
+                    cols = tl.load(entry + words.COLS)
+                    factor = tl.load(factors + unit * cols + col, col < cols, other=0)
+                    p = _places(table, entry, words.PARAM, PARAM, start, within, False, False, 2 + SLOTS)
+                    tl.store(p, (tl.load(p, mask, other=0).to(COMPUTE) * factor[None, :]).to(PARAM), mask)
+            else:
+                unit, row_tiles = tl.load(entry + words.UNIT), tl.load(entry + words.ROW_TILES)
+                start = tile // row_tiles * unit + tile % row_tiles * TILE
+                count = tl.minimum(unit - tile % row_tiles * TILE, TILE).to(tl.int32)
+                factor = tl.load(factors + tile // row_tiles)
+                within = tl.arange(0, TILE)
+                aligned = (tl.load(entry + words.FLAG_BITS) & words.ALIGNED) != 0
+                if WALK:
+                    p = _places(table, entry, words.PARAM, PARAM, start, within, False, True, 2 + SLOTS)
+                    tl.store(p, (tl.load(p, within < count, other=0).to(COMPUTE) * factor).to(PARAM), within < count)
+                else:
+                    if aligned & (start % VECTOR == 0) & (count % VECTOR == 0):
+                        mask = within < count // VECTOR * VECTOR
+                        p = _places(table, entry, words.PARAM, PARAM, start, within, True, False, 2 + SLOTS)
+                        tl.store(p, (tl.load(p, mask, other=0).to(COMPUTE) * factor).to(PARAM), mask)
+                    else:
+                        p = _places(table, entry, words.PARAM, PARAM, start, within, False, False, 2 + SLOTS)
+                        mask = within < count
+                        tl.store(p, (tl.load(p, mask, other=0).to(COMPUTE) * factor).to(PARAM), mask)
+        _advance_steps(table, TILE)
