@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,25 @@ from fastwrs import dispatch, library
 
 pytestmark = pytest.mark.cpu
 CUDA: Any = dispatch._MODULES["cuda"]
+TRITON: Any = dispatch._MODULES["triton"]
+
+
+@pytest.fixture
+def triton_reason(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str | None]]:
+    """Asks anew why Triton cannot run, outside of its interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def ask() -> str | None:
+        TRITON._why_not_here.cache_clear()
+        return fastwrs.backends()["triton"]
+
+    yield ask
+    TRITON._why_not_here.cache_clear()
 
 
 def test_backends_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: .*not part of this version"):
+    monkeypatch.setattr(TRITON, "_why_not_here", lambda: "PyTorch finds no GPU")
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: triton: PyTorch finds no GPU"):
         fastwrs.SGD([nn.Parameter(torch.ones(3, 4))], backend="triton")
     monkeypatch.setenv("FASTWRS_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="FASTWRS_BACKEND=nonsense: no such backend"):
@@ -51,6 +67,38 @@ def test_the_extension_says_why_cuda_cannot_run() -> None:
     assert CUDA.NAME == "cuda"
 
 
+def test_triton_says_what_it_lacks(triton_reason: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton itself, a GPU of a kind that it knows, a C compiler for its launcher: named in this order."""
+    assert TRITON.why_not("cpu") == "its tensors must be on a GPU, not on cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton_reason() == "PyTorch finds no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, device))
+    assert "compute capability is 7.1" in (triton_reason() or "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
+    assert triton_reason() is None
+    assert "no kernel for (param, grad, state) dtypes" in TRITON.why_not("cuda", ("float16", "float32", "float32"))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    assert "a C compiler" in (triton_reason() or "")
+    monkeypatch.setattr(library, "why_not", lambda: "the extension is not there")
+    assert triton_reason() == "the extension is not there"
+    monkeypatch.setattr("triton.__version__", "3.5.1")
+    assert triton_reason() == "triton 3.5.1 is too old; 3.6 is the first that will do"
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert triton_reason() == "triton is not installed (pip install 'fastwrs[triton]')"
+
+
+def test_auto_takes_triton_where_the_cuda_kernels_are_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CUDA, "_why_not_here", lambda: "it was not built for the compute capability of any device here")
+    monkeypatch.setattr(TRITON, "_why_not_here", lambda: None)
+    assert dispatch.choose("auto", "cuda", ("float32", "float32", "float32")) is TRITON
+    monkeypatch.setattr(CUDA, "_why_not_here", lambda: None)
+    assert dispatch.choose("auto", "cuda", ("float32", "float32", "float32")) is CUDA
+    assert dispatch.choose("auto", "cpu", ("float32", "float32", "float32")).NAME == "cpu"
+
+
 def test_auto_does_not_start_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has asked for a GPU cannot fork workers that use one: not for a model on the CPU."""
 
@@ -58,6 +106,7 @@ def test_auto_does_not_start_the_driver(monkeypatch: pytest.MonkeyPatch) -> None
         raise AssertionError("the driver was asked")
 
     monkeypatch.setattr(CUDA, "_why_not_here", asked)
+    monkeypatch.setattr(TRITON, "_why_not_here", asked)
     param = nn.Parameter(torch.ones(3, 4))
     param.grad = torch.ones(3, 4)
     fastwrs.AdamW([param]).step()

@@ -26,13 +26,16 @@ ONLY = {
     "fastwrs.plan": ("fastwrs.spec", "fastwrs.options"),
     "fastwrs.backends": (
         *("fastwrs.backends", "fastwrs.spec", "fastwrs.options", "fastwrs.library", "fastwrs.plan"),
-        *("fastwrs.reference", "fastwrs.ops"),
+        *("fastwrs.reference", "fastwrs.ops", "fastwrs.triton_kernels.launch"),
     ),
+    "fastwrs.triton_kernels": ("fastwrs.triton_kernels",),
 }
+MAY_NEED_TRITON = ("fastwrs.triton_kernels", "fastwrs.backends.triton")
 # Modules that only the listed ones may import.
 ONLY_BY = {
     # fastwrs.__main__ imports the function backends(), which looks the same here.
     "fastwrs.backends": ("fastwrs.dispatch", "fastwrs.backends", "fastwrs.__main__"),
+    "fastwrs.triton_kernels": ("fastwrs.triton_kernels", "fastwrs.backends.triton", "tests", "bench"),
     "tests": ("tests",),
     "bench": ("bench", "tests"),
     "examples": ("examples", "tests"),
@@ -43,6 +46,7 @@ C_ONLY = {  # folder of csrc: what its files may include of ours
     "rules": ("rules", "core"),
     "norms": ("norms", "core"),
     "cpu": ("cpu", "core", "rules", "norms"),
+    "triton": ("triton", "core", "norms"),
 }
 TORCH_HEADER = re.compile(r"^(torch|ATen|c10|aten)/|^Python\.h$")
 MAY_SEE_TORCH = re.compile(r"^csrc/(bindings[^/]*|.*/launch[^/]*)$")
@@ -81,7 +85,8 @@ def python_faults(root: Path) -> Iterator[str]:
         for name in imports(path, module, is_package):
             top = name.split(".")[0]
             if module.startswith("fastwrs"):
-                if top not in OURS and top not in sys.stdlib_module_names | {"torch"} and top not in bare:
+                needed = {"torch", "triton"} if within(module, MAY_NEED_TRITON) else {"torch"}
+                if top not in OURS and top not in sys.stdlib_module_names | needed and top not in bare:
                     yield f"{relative} imports {name}: torch is the only dependency at run time"
                 if top in bare:
                     name = f"{bare[top]}.{name}"
@@ -137,6 +142,10 @@ def test_the_tree_keeps_the_rules():
             "only fast",
         ),
         ("fastwrs/backends/planted.py", "from ..optim import base", "backends may import only"),
+        ("fastwrs/planted.py", "import triton", "torch is the only dependency"),
+        ("fastwrs/planted.py", "from fastwrs.triton_kernels import rules", "only fastwrs.triton_kernels"),
+        ("fastwrs/triton_kernels/rules.py", "from fastwrs.spec import RULES", "triton_kernels may import only"),
+        ("csrc/triton/table.cpp", '#include "../rules/all.h"', "csrc/triton may include only"),
         ("fastwrs/planted.py", "import tests.test_layering", "only tests may"),
         ("fastwrs/planted.py", "from test_layering import faults", "only tests may"),
         ("fastwrs/planted.py", "def late():\n    import numpy", "torch is the only dependency"),

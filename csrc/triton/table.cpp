@@ -158,7 +158,11 @@ Needs fill_table(const StepJob& job, const std::vector<double>& records, int64_t
     const TensorStep& step = job.steps[i];
     const bool measured = job.measured && view.reduced != 0;
     const bool grouped = view.reduced != 0 && (step.every > 0 || step.rate != 0 || measured);
-    const Geometry g = geometry_of(view, grouped);
+    Geometry g = geometry_of(view, grouped);
+    if (g.rows == 1) {  // every element is a group
+      g.units *= g.cols;
+      g.cols = 1;
+    }
     if (g.strided() != walk) {
       ++needs.others;
       continue;

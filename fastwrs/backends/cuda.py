@@ -5,21 +5,18 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastwrs import library
 
 # The projection alone has no kernels of its own yet; on a GPU it is PyTorch's.
 from fastwrs.backends.reference import channel_norms as channel_norms
 from fastwrs.backends.reference import rescale_ as rescale_
+from fastwrs.backends.workspace import allocate, keep_for_this_stream
 from fastwrs.plan import StepCall
 from fastwrs.spec import DTYPE_TRIPLES
 
 NAME = "cuda"
 _TOO_SMALL = "fastwrs: the workspace has"
-_streams: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""The streams that each workspace has been used on."""
 
 
 def why_not(device_type: str | None = None, dtypes: tuple[str, str, str] | None = None) -> str | None:
@@ -45,11 +42,10 @@ def _why_not_here() -> str | None:
 def step(call: StepCall, dry_run: bool = False) -> None:
     """One step of every tensor in the call: all of them, or on an error none.
 
-    The workspace is allocated in the first step, and again only where one needs a larger one. The optimizer keeps all
-    of them: a step can be captured in a graph once another one has run before, and the graph's memory stays its own.
+    The workspace is allocated in the first step, and again only where one needs a larger one.
     """
     if call.workspace is not None:
-        _keep_for_this_stream(call.workspace)
+        keep_for_this_stream(call.workspace)
         try:
             torch.ops.fastwrs.step(*call.arguments(), dry_run)
         except RuntimeError as error:
@@ -58,21 +54,6 @@ def step(call: StepCall, dry_run: bool = False) -> None:
         else:
             return
     size, _ = torch.ops.fastwrs.step_plan(*call.arguments())
-    if call.params[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "fastwrs: this step needs a workspace, and none can be made while a graph is captured: take a step before"
-        )
-    call.workspace = torch.zeros(-(-size // 4), dtype=torch.float32, device=call.params[0].device)
-    _keep_for_this_stream(call.workspace)
+    call.workspace = allocate(call, size)
+    keep_for_this_stream(call.workspace)
     torch.ops.fastwrs.step(*call.arguments(), dry_run)
-
-
-def _keep_for_this_stream(workspace: Tensor) -> None:
-    """Tells the allocator of every stream that uses the workspace, so that it is not reused under a running kernel."""
-    if workspace.device.type != "cuda":
-        return  # the emulated kernels of the tests
-    stream = torch.cuda.current_stream(workspace.device)
-    known: set[int] = _streams.setdefault(workspace, set())  # type: ignore[assignment]
-    if stream.cuda_stream not in known:
-        workspace.record_stream(stream)
-        known.add(stream.cuda_stream)

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import shutil
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from fastwrs import library
 # The projection alone has no kernels of its own yet; on a GPU it is PyTorch's.
 from fastwrs.backends.reference import channel_norms as channel_norms
 from fastwrs.backends.reference import rescale_ as rescale_
+from fastwrs.backends.workspace import allocate, is_captured, keep_for_this_stream
 from fastwrs.plan import StepCall, name_of
 from fastwrs.spec import DTYPE_TRIPLES, RULES
 
@@ -29,6 +30,7 @@ NAME = "triton"
 OLDEST = (3, 6)
 LEAST_CAPABILITY = (8, 0)
 SPARES, TABLES = 4, 16
+WORKSPACE_BYTES = 16  # of the ticket
 
 
 def why_not(device_type: str | None = None, dtypes: tuple[str, str, str] | None = None) -> str | None:
@@ -64,21 +66,24 @@ def _why_not_here() -> str | None:
     if torch.version.hip is None:
         found = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
         if max(found) < LEAST_CAPABILITY:
-            return f"the GPU's compute capability is {max(found)}; Triton's kernels are for {LEAST_CAPABILITY} and newer"
+            newest, least = (f"{major}.{minor}" for major, minor in (max(found), LEAST_CAPABILITY))
+            return f"the GPU's compute capability is {newest}; Triton's kernels are for {least} and newer"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton compiles its launcher with a C compiler, and there is none (install gcc, or set CC)"
     return None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Table:
     """One bundle's table on the host, which remembers what the device has, and on the device."""
 
     host: Tensor
     device: Tensor
+    behind: int = 0
+    """Words from the first to the last that the device does not have yet."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Memory:
     """What belongs to a workspace, hence to an optimizer on one device, and is kept as long as it."""
 
@@ -107,36 +112,60 @@ def step(call: StepCall, dry_run: bool = False) -> None:
 
 
 def _step(call: StepCall, dry_run: bool) -> None:
+    """Everything that can fail comes first, for all launches: checks, memory, compilation."""
+    from fastwrs.triton_kernels import launch
+
     if not call.params:
         return
     if call.workspace is None:
-        call.workspace = _workspace(call, 16)
-    done = _tables_step(call, walk=False, dry_run=dry_run)
-    if done < len(call.params):
-        _tables_step(call, walk=True, dry_run=dry_run)
+        call.workspace = allocate(call, WORKSPACE_BYTES)
+    workspace = None
+    prepared: list[_Launches] = []
+    while workspace is not call.workspace:  # one that had to grow is in the tables of both
+        workspace = call.workspace
+        prepared = [_prepare(call, walk=False)]
+        if prepared[0].tensors < len(call.params):
+            prepared.append(_prepare(call, walk=True))
+    prepared = [launches for launches in prepared if launches.tensors]
+    for launches in prepared:
+        launch.compile_once(launches.variant, launches.table.device, launches.tiles)
+    if dry_run:
+        return
+    assert workspace is not None
+    keep_for_this_stream(workspace)
+    for launches in prepared:
+        _bring_to_device(launches.table)
+    for launches in prepared:
+        launch.launch(launches.variant, launches.table.device, launches.tiles)
 
 
-def _workspace(call: StepCall, size: int) -> Tensor:
-    if _capturing(call):
-        raise RuntimeError(
-            "fastwrs: this step needs a workspace, and none can be made while a graph is captured: take a step before"
-        )
-    return torch.zeros(-(-size // 4), dtype=torch.float32, device=call.params[0].device)
+def _on_gpu(device: torch.device) -> bool:
+    """Not in the interpreter, where the table on the host is read."""
+    return device.type == "cuda"
 
 
-def _capturing(call: StepCall) -> bool:
-    return call.params[0].is_cuda and torch.cuda.is_current_stream_capturing()
+def _stream_of(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if _on_gpu(device) else 0
 
 
-def _tables_step(call: StepCall, walk: bool, dry_run: bool) -> int:
-    """The launches for the tensors that have to be walked by strides, or for the others; returns how many these are."""
+class _Launches(NamedTuple):
+    """What is launched with one table: ``tiles``: programs of the step, of what finishes sums, of what scales."""
+
+    variant: Any
+    table: _Table
+    tiles: tuple[int, int, int]
+    tensors: int
+
+
+def _prepare(call: StepCall, walk: bool) -> _Launches:
+    """The table of the tensors that have to be walked by strides, or of the others, on the host."""
     from fastwrs.triton_kernels import launch
 
     assert call.workspace is not None
-    n = len(call.params)
-    slots = len(call.states) // n
-    dtypes = tuple(name_of(tensor.dtype) for tensor in (call.params[0], call.grads[0], *call.states[:1]))
-    dtypes = dtypes if slots else (*dtypes, "float64" if dtypes[0] == "float64" else "float32")
+    slots = len(call.states) // len(call.params)
+    param, grad = name_of(call.params[0].dtype), name_of(call.grads[0].dtype)
+    without = "float64" if param == "float64" else "float32"
+    dtypes = param, grad, name_of(call.states[0].dtype) if slots else without
     variant = launch.Variant(call.rule, slots, dtypes, call.measured is not None, walk)
     blocks = variant.blocks
     sizes = [blocks.tile, blocks.held, blocks.height, blocks.width, launch.FINISH_WIDTH]
@@ -147,21 +176,17 @@ def _tables_step(call: StepCall, walk: bool, dry_run: bool) -> int:
         memory.hyper = list(call.hyper)
     table = _table_for(call, memory, walk)
     while True:
-        arguments = *call.arguments(), dry_run, memory.constants, sizes, walk, table.host
+        arguments = *call.arguments(), False, memory.constants, sizes, walk, table.host
         words, changed, size, *tiles, tensors, _others = torch.ops.fastwrs.triton_table(*arguments)
         if size > 4 * call.workspace.numel():
-            call.workspace = _workspace(call, size)
+            call.workspace = allocate(call, size)
             _memories[call.workspace] = memory
         elif words > table.host.numel():
             _enlarge(call, memory, table, words)
         else:
             break
-    if dry_run or not tensors:
-        return tensors
-    if table.device is not table.host and changed:
-        _bring_to_device(table, changed)
-    launch.launch(variant, table.device, *tiles)
-    return tensors
+    table.behind = max(table.behind, changed)
+    return _Launches(variant, table, tuple(tiles), tensors)
 
 
 def _constants(call: StepCall) -> list[float]:
@@ -178,12 +203,11 @@ def _constants(call: StepCall) -> list[float]:
 
 def _table_for(call: StepCall, memory: _Memory, walk: bool) -> _Table:
     device = call.params[0].device
-    if _capturing(call):
+    if is_captured(call):
         return _new_table(0, device)  # exchanged for a spare one as soon as its size is known
     while memory.owed:
         memory.spares.append(_new_table(memory.owed.pop(), device, pinned=True))
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = stream, id(call.params), walk
+    key = _stream_of(device), id(call.params), walk
     table = memory.tables.pop(key, None) or _new_table(0, device)
     memory.tables[key] = table
     if len(memory.tables) > TABLES:
@@ -193,13 +217,13 @@ def _table_for(call: StepCall, memory: _Memory, walk: bool) -> _Table:
 
 def _new_table(words: int, device: torch.device, pinned: bool = False) -> _Table:
     host = torch.zeros(words, dtype=torch.int64, device="cpu", pin_memory=pinned)
-    return _Table(host, host if device.type == "cpu" else torch.empty(words, dtype=torch.int64, device=device))
+    return _Table(host, torch.empty(words, dtype=torch.int64, device=device) if _on_gpu(device) else host)
 
 
 def _enlarge(call: StepCall, memory: _Memory, table: _Table, words: int) -> None:
     """Gives a table room for so many words."""
     device = call.params[0].device
-    if _capturing(call):
+    if is_captured(call):
         fitting = [spare for spare in memory.spares if spare.host.numel() >= words]
         if not fitting:
             raise RuntimeError(
@@ -208,23 +232,25 @@ def _enlarge(call: StepCall, memory: _Memory, table: _Table, words: int) -> None
             )
         spare = min(fitting, key=lambda known: known.host.numel())
         memory.spares = [known for known in memory.spares if known is not spare]
-        memory.captured.append(spare)
         memory.owed.append(spare.host.numel())
-        table.host, table.device = spare.host, spare.device
+        table.host, table.device, table.behind = spare.host, spare.device, 0
+        memory.captured.append(table)
         return
     new = _new_table(words + words // 4, device)
-    table.host, table.device = new.host, new.device
-    if device.type != "cpu":
+    table.host, table.device, table.behind = new.host, new.device, 0
+    if _on_gpu(device):
         memory.owed += [table.host.numel()] * SPARES
 
 
-def _bring_to_device(table: _Table, changed: int) -> None:
-    """Copies the changed part, in the order of the stream and without waiting for it."""
-    source = table.host[:changed]
-    if not source.is_pinned():
-        # PyTorch keeps pinned memory from being reused before the copy has happened.
-        source = torch.empty(changed, dtype=torch.int64, device="cpu", pin_memory=True).copy_(source)
-    table.device[:changed].copy_(source, non_blocking=True)
+def _bring_to_device(table: _Table) -> None:
+    """Copies what the device does not have yet, in the order of the stream and without waiting for it."""
+    if table.device is not table.host and table.behind:
+        source = table.host[: table.behind]
+        if not source.is_pinned():
+            # PyTorch keeps pinned memory from being reused before the copy has happened.
+            source = torch.empty(table.behind, dtype=torch.int64, device="cpu", pin_memory=True).copy_(source)
+        table.device[: table.behind].copy_(source, non_blocking=True)
+    table.behind = 0
 
 
 # ---- torch.library --------------------------------------------------------------------------------------------------

@@ -6,6 +6,9 @@ workspace, ``finish_kernel`` makes factors of them and ``project_kernel`` scales
 Whether this step counts (found_inf), rescales or shrinks is decided here, from numbers in device memory.
 """
 
+# Triton reads these functions as a language of its own, with other types than Python's.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+
 from __future__ import annotations
 
 import triton
@@ -416,6 +419,27 @@ def finish_kernel(table, COMPUTE: tl.constexpr, MEASURE: tl.constexpr, HEIGHT: t
 
 
 @triton.jit
+def _scale_strip(table, entry, factors, tile, PARAM: tl.constexpr, SLOTS: tl.constexpr, HEIGHT: tl.constexpr,
+                 WIDTH: tl.constexpr):  # fmt: skip
+    unit, start, within, mask, _place, col = _strip(entry, tile, HEIGHT, WIDTH)
+    cols = tl.load(entry + words.COLS)
+    factor = tl.load(factors + unit * cols + col, col < cols, other=0)
+    p = _places(table, entry, words.PARAM, PARAM, start, within, False, False, 2 + SLOTS)
+    tl.store(p, (tl.load(p, mask, other=0).to(factor.dtype) * factor[None, :]).to(PARAM), mask)
+
+
+@triton.jit
+def _scale_flat(table, entry, factor, start, count, PARAM: tl.constexpr, SLOTS: tl.constexpr, ALIGNED: tl.constexpr,
+                WALK: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    within = tl.arange(0, TILE)
+    if ALIGNED:
+        count = count // VECTOR * VECTOR
+    mask = within < count
+    p = _places(table, entry, words.PARAM, PARAM, start, within, ALIGNED, WALK, 2 + SLOTS)
+    tl.store(p, (tl.load(p, mask, other=0).to(factor.dtype) * factor).to(PARAM), mask)
+
+
+@triton.jit
 def project_kernel(table, PARAM: tl.constexpr, COMPUTE: tl.constexpr, SLOTS: tl.constexpr, MEASURE: tl.constexpr,
                    WALK: tl.constexpr, TILE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Multiplies the weights that fit no tile by the factors of their groups."""
@@ -435,28 +459,18 @@ def project_kernel(table, PARAM: tl.constexpr, COMPUTE: tl.constexpr, SLOTS: tl.
             factors += kinds * tl.load(entry + words.PER_SUM)
             if tl.load(entry + words.KIND) == words.STRIP:
                 if not WALK:
-                    unit, start, within, mask, _place, col = _strip(entry, tile, HEIGHT, WIDTH)
-                    cols = tl.load(entry + words.COLS)
-                    factor = tl.load(factors + unit * cols + col, col < cols, other=0)
-                    p = _places(table, entry, words.PARAM, PARAM, start, within, False, False, 2 + SLOTS)
-                    tl.store(p, (tl.load(p, mask, other=0).to(COMPUTE) * factor[None, :]).to(PARAM), mask)
+                    _scale_strip(table, entry, factors, tile, PARAM, SLOTS, HEIGHT, WIDTH)
             else:
                 unit, row_tiles = tl.load(entry + words.UNIT), tl.load(entry + words.ROW_TILES)
                 start = tile // row_tiles * unit + tile % row_tiles * TILE
                 count = tl.minimum(unit - tile % row_tiles * TILE, TILE).to(tl.int32)
                 factor = tl.load(factors + tile // row_tiles)
-                within = tl.arange(0, TILE)
-                aligned = (tl.load(entry + words.FLAG_BITS) & words.ALIGNED) != 0
+                whole = (start % VECTOR == 0) & (count % VECTOR == 0)
                 if WALK:
-                    p = _places(table, entry, words.PARAM, PARAM, start, within, False, True, 2 + SLOTS)
-                    tl.store(p, (tl.load(p, within < count, other=0).to(COMPUTE) * factor).to(PARAM), within < count)
+                    _scale_flat(table, entry, factor, start, count, PARAM, SLOTS, False, True, TILE)
                 else:
-                    if aligned & (start % VECTOR == 0) & (count % VECTOR == 0):
-                        mask = within < count // VECTOR * VECTOR
-                        p = _places(table, entry, words.PARAM, PARAM, start, within, True, False, 2 + SLOTS)
-                        tl.store(p, (tl.load(p, mask, other=0).to(COMPUTE) * factor).to(PARAM), mask)
+                    if ((tl.load(entry + words.FLAG_BITS) & words.ALIGNED) != 0) & whole:
+                        _scale_flat(table, entry, factor, start, count, PARAM, SLOTS, True, False, TILE)
                     else:
-                        p = _places(table, entry, words.PARAM, PARAM, start, within, False, False, 2 + SLOTS)
-                        mask = within < count
-                        tl.store(p, (tl.load(p, mask, other=0).to(COMPUTE) * factor).to(PARAM), mask)
+                        _scale_flat(table, entry, factor, start, count, PARAM, SLOTS, False, False, TILE)
         _advance_steps(table, TILE)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -43,12 +44,14 @@ class Variant(NamedTuple):
         """Chosen so that nothing spills, with 16 bytes for each thread where registers allow it.
 
         What a thread holds decides: 8 elements; 4 where there are three states, four sums, or an address for each
-        element; half of these in fp64.
+        element; 2 with both sums and addresses; half of these in fp64, and 1 where it has addresses.
         """
-        heavy = self.slots == 3 or self.measure or self.walk
-        if self.dtypes[0] == "float64":
-            return Blocks(1024, 4, 16, 32, 16) if heavy else Blocks(2048, 2, 32, 32, 16)
-        return Blocks(2048, 4, 32, 32, 16) if heavy else Blocks(4096, 4, 64, 32, 16)
+        double = self.dtypes[0] == "float64"
+        if self.walk and (self.measure or double):
+            return Blocks(512, 4, 8, 32, 16) if double else Blocks(1024, 4, 16, 32, 16)
+        if self.slots == 3 or self.measure or self.walk:
+            return Blocks(1024, 4, 16, 32, 16) if double else Blocks(2048, 4, 32, 32, 16)
+        return Blocks(2048, 2, 32, 32, 16) if double else Blocks(4096, 4, 64, 32, 16)
 
     def step(self) -> tuple[Any, dict[str, Any], int]:
         """The kernel of the step, its constants and its warps."""
@@ -97,6 +100,27 @@ def constants_of(rule: str, record: Mapping[str, float]) -> list[float]:
     return RULES[rule].constants(record)
 
 
+_compiled: set[tuple[Variant, bool, torch.device]] = set()
+
+
+def compile_once(variant: Variant, table: Tensor, tiles: tuple[int, int, int]) -> None:
+    """Compiles what a table is launched with. Failures then come before the first launch."""
+    known = variant, tiles[2] > 0, table.device
+    if known in _compiled:
+        return
+    with _current(table.device):
+        for kernel, _, constants, warps in _launches(variant, tiles):
+            kernel.warmup(table, **constants, num_warps=warps, enable_fp_fusion=False, grid=(1,))
+    _compiled.add(known)
+
+
+def launch(variant: Variant, table: Tensor, tiles: tuple[int, int, int]) -> None:
+    """The launches of one table, in its device's current stream."""
+    with _current(table.device):
+        for kernel, programs, constants, warps in _launches(variant, tiles):
+            run(kernel, programs, table, constants, warps)
+
+
 def run(kernel: Any, programs: int, table: Tensor, constants: dict[str, Any], warps: int) -> None:
     """One launch: the seam where a test puts a stub to look at the host side alone.
 
@@ -105,16 +129,19 @@ def run(kernel: Any, programs: int, table: Tensor, constants: dict[str, Any], wa
     kernel[(programs,)](table, **constants, num_warps=warps, enable_fp_fusion=False)
 
 
-def launch(variant: Variant, table: Tensor, tiles: int, finish_tiles: int, project_tiles: int) -> None:
-    """The launches of one table, in its device's current stream."""
-    if table.device.type == "cuda" and torch.cuda.current_device() != table.device.index:
-        with torch.cuda.device(table.device):
-            return launch(variant, table, tiles, finish_tiles, project_tiles)
+def _launches(variant: Variant, tiles: tuple[int, int, int]) -> Iterator[tuple[Any, int, dict[str, Any], int]]:
+    """Kernels, programs, constants and warps. The step is launched without tiles too: it advances the step counts."""
     kernel, constants, warps = variant.step()
-    run(kernel, max(1, tiles), table, constants, warps)
-    if project_tiles:
+    yield kernel, max(1, tiles[0]), constants, warps
+    if tiles[2]:
         kernel, constants, warps = variant.finish()
-        run(kernel, finish_tiles, table, constants, warps)
+        yield kernel, tiles[1], constants, warps
         kernel, constants, warps = variant.project()
-        run(kernel, project_tiles, table, constants, warps)
-    return None
+        yield kernel, tiles[2], constants, warps
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if device.type == "cuda" and torch.cuda.current_device() != device.index:
+        return torch.cuda.device(device)
+    return nullcontext()

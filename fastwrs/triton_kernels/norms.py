@@ -1,12 +1,15 @@
 """Norm groups in Triton: the schedule, the factors of rescale and shrink, sums over the groups of a tile, measuring."""
 
+# Triton reads these functions as a language of its own, with other types than Python's.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from fastwrs.triton_kernels import table as words
-from fastwrs.triton_kernels.numeric import float_of, is_finite, quotient, raise_to, square_root
+from fastwrs.triton_kernels.numeric import float_of, is_finite, quotient, raise_to
 
 MEASURED = tl.constexpr(8)  # figures of a group, in the order of fastwrs.spec.MEASURED
 

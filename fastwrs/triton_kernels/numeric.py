@@ -4,6 +4,9 @@ fp32 stays fp32 (an fp64 instruction in a fp32 kernel would cost more than all o
 rounding compiled and interpreted, but for ``exp2`` and ``log2``, which GPUs approximate.
 """
 
+# Triton reads these functions as a language of its own, with other types than Python's.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+
 from __future__ import annotations
 
 import triton

@@ -1,0 +1,281 @@
+"""The Triton kernels in Triton's interpreter: how tests call them, and what is looked at while they run.
+
+Loads and stores are wrapped: every address has to lie in an operand of the step and to be a multiple of its element's
+size, alignments that the kernels claim have to be true, and bytes are counted. Three things of the interpreter are
+exchanged, so that the tolerance stays the derived one: its rounding to bfloat16 (which truncates, and is wrong for
+subnormal numbers) is torch's; its sums over rows, which go one after the other, are pairwise as on a GPU; and it
+exchanges the functions of ``triton.language`` once instead of at every call of a function, which takes half the time.
+
+``python tests/interpreted.py`` runs the cases that kernels face which were broken on purpose.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import tolerances
+import torch
+from calls import Call, same
+from cases import CASES as ALL
+from cases import DTYPES, PROJECTIONS, Case, TensorCase
+from torch import Tensor
+
+from fastwrs import dispatch
+from fastwrs.plan import StepCall
+
+TRITON: Any = dispatch._MODULES["triton"]
+WORKSPACE_BYTES = TRITON.WORKSPACE_BYTES
+PASSED = "all cases passed"
+
+
+class Counts(NamedTuple):
+    """Bytes of tensors and of the workspace; launches. The table is not counted: a few numbers that caches hold."""
+
+    read: int
+    written: int
+    launches: int
+
+
+class _Watch:
+    """The operands of the step that is running, and what it has moved."""
+
+    def __init__(self) -> None:
+        self.starts = self.ends = np.zeros(0, dtype=np.uint64)
+        self.read = self.written = self.launches = 0
+        self.table = (0, 0)
+
+    def register(self, tensors: list[Tensor], table: Tensor) -> None:
+        self.table = _span(table)
+        spans = sorted(_span(tensor) for tensor in (*tensors, table) if tensor.numel())
+        self.starts = np.array([start for start, _ in spans], dtype=np.uint64)
+        self.ends = np.array([end for _, end in spans], dtype=np.uint64)
+
+    def check(self, addresses: np.ndarray, mask: np.ndarray, size: int, what: str) -> int:
+        """The bytes that are moved; AssertionError for an address of nobody's."""
+        wanted = np.broadcast_to(addresses, np.broadcast_shapes(addresses.shape, mask.shape))[
+            np.broadcast_to(mask, np.broadcast_shapes(addresses.shape, mask.shape))
+        ]
+        if wanted.size:
+            place = np.searchsorted(self.starts, wanted, side="right").astype(np.int64) - 1
+            inside = (place >= 0) & (wanted + np.uint64(size) <= self.ends[np.maximum(place, 0)])
+            assert bool(inside.all()), f"{what} of {int((~inside).sum())} addresses that belong to no operand"
+            assert not bool((wanted % np.uint64(size)).any()), f"{what} of an address between two elements"
+            if self.table[0] <= int(wanted[0]) < self.table[1]:
+                return 0
+        return wanted.size * size
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+WATCH = _Watch()
+
+
+def load() -> None:
+    """Makes this process one of the interpreter. RuntimeError if Triton has been imported without it."""
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("Triton was imported before: run these tests with TRITON_INTERPRET=1")
+    os.environ["TRITON_INTERPRET"] = "1"
+    reason = TRITON.why_not("cpu")
+    if reason is not None:
+        raise RuntimeError(reason)
+    from triton.runtime import interpreter
+
+    from fastwrs.triton_kernels import launch
+
+    if getattr(interpreter, "_fastwrs_watches", False):
+        return
+    interpreter._fastwrs_watches = True  # type: ignore[attr-defined]
+    _watch_memory(interpreter)
+    _mend(interpreter)
+    plain_run = launch.run
+
+    def run(kernel: Any, programs: int, table: Tensor, *rest: Any) -> None:
+        WATCH.launches += 1
+        with np.errstate(all="ignore"):
+            plain_run(kernel, programs, table, *rest)
+
+    launch.run = run
+
+
+def _watch_memory(interpreter: Any) -> None:
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    plain_load, plain_store, plain_atomic = builder.create_masked_load, builder.create_masked_store, None
+    plain_atomic, plain_attr = builder.create_atomic_rmw, handle.set_attr
+
+    def size_of(pointers: Any) -> int:
+        return pointers.get_element_ty().primitive_bitwidth // 8
+
+    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        WATCH.read += WATCH.check(pointers.data, mask.data, size_of(pointers), "a load")
+        return plain_load(self, pointers, mask, *rest)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        WATCH.written += WATCH.check(pointers.data, mask.data, size_of(pointers), "a store")
+        return plain_store(self, pointers, value, mask, *rest)
+
+    def atomic(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        WATCH.check(pointers.data, mask.data, size_of(pointers), "an atomic operation")
+        return plain_atomic(self, operation, pointers, value, mask, *rest)
+
+    def set_attr(self: Any, key: str, value: Any) -> None:
+        if key == "tt.divisibility":  # it is claimed that this number, or the first of these, is a multiple
+            divisor = int(np.ravel(value)[0])
+            assert int(self.data.flat[0]) % divisor == 0, f"{self.data.flat[0]} is no multiple of {divisor}"
+        plain_attr(self, key, value)
+
+    builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
+    builder.create_atomic_rmw, handle.set_attr = atomic, set_attr
+
+
+def _mend(interpreter: Any) -> None:
+    import triton.language as tl
+
+    plain_convert, plain_patch = interpreter._convert_float, interpreter._patch_lang
+    patched: set[int] = set()
+
+    def convert(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+        if (source, target) == (tl.float32, tl.bfloat16):
+            floats = torch.from_numpy(np.ascontiguousarray(values))
+            return floats.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
+        if (source, target) == (tl.bfloat16, tl.float32):
+            bits = torch.from_numpy(np.ascontiguousarray(values).view(np.int16))
+            return bits.view(torch.bfloat16).float().numpy().view(np.uint32).reshape(values.shape)
+        return plain_convert(values, source, target, rounding)
+
+    def total(self: Any, values: Any) -> Any:
+        data = values.handle.data
+        if self.axis is not None and data.ndim > 1:
+            data = np.ascontiguousarray(np.moveaxis(data, self.axis, -1))
+            data = data.sum(axis=-1)
+            data = np.expand_dims(data, self.axis) if self.keep_dims else data
+        else:
+            data = np.sum(data, axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(data, values.dtype)
+
+    class Kept:
+        def restore(self) -> None:
+            """What was exchanged stays so."""
+
+    def patch_once(fn: Any) -> Any:
+        if id(fn.__globals__) not in patched:  # those of a module, which stay
+            patched.add(id(fn.__globals__))
+            plain_patch(fn)
+        return Kept()
+
+    interpreter._convert_float, interpreter._patch_lang = convert, patch_once
+    interpreter.ReduceOps.sum = total
+
+
+def counts() -> Counts:
+    """What the kernels have moved since the last call."""
+    found = Counts(WATCH.read, WATCH.written, WATCH.launches)
+    WATCH.read = WATCH.written = WATCH.launches = 0
+    return found
+
+
+@contextmanager
+def watched(call: StepCall) -> Iterator[None]:
+    """Registers the operands of a call: what the table leads to, the table itself, and the workspace."""
+    from fastwrs.triton_kernels import launch
+
+    operands = [*call.params, *call.grads, *call.states, *call.steps, *call.lrs]
+    operands += [t for t in (call.grad_scale, call.found_inf, call.measured) if t is not None]
+    plain = launch.launch
+
+    def launch_watched(variant: Any, table: Tensor, tiles: Any) -> None:
+        assert call.workspace is not None
+        WATCH.register([*operands, call.workspace], table)
+        plain(variant, table, tiles)
+
+    launch.launch = launch_watched
+    try:
+        yield
+    finally:
+        launch.launch = plain
+
+
+def run(call: Call) -> Call:
+    """One step; the workspace is made by the backend and poisoned, and its ticket has to be 0 again."""
+    step = StepCall(*call.args())  # type: ignore[arg-type]
+    with watched(step):
+        if call.params:
+            TRITON.step(step, dry_run=True)  # learns how large the workspace has to be
+            assert step.workspace is not None
+            step.workspace.fill_(float("nan"))
+            step.workspace[: WORKSPACE_BYTES // 4] = 0
+        TRITON.step(step)
+    if step.workspace is not None:
+        assert not step.workspace[: WORKSPACE_BYTES // 4].view(torch.int32).any(), "the ticket is not back at 0"
+    return call
+
+
+def check(case: Case, every: int = 1) -> None:
+    """Runs a case, and compares all that it may and may not have written with the oracle.
+
+    Of long lists each ``every``-th tensor and the last ones: the oracle takes its time.
+    """
+    call = case.build()
+    before, around, all_before = tolerances.snapshot(call), call.around(), call.written()
+    run(call)
+    assert same(call.around(), around), "memory that belongs to no tensor was written"
+    if case.found_inf:
+        assert same(call.written(), all_before), "a step that is skipped has written"
+        return
+    assert [float(step) for step in call.steps] == [tensor.t for tensor in case.tensors], "step counts"
+    count = len(case.tensors)
+    for k in sorted({*range(0, count, every), *range(max(0, count - 4), count)}):
+        tolerances.check(before[k], tolerances.outputs(call, k), f"tensor {k}: ")
+
+
+RESCALED = (tuple(PROJECTIONS["rescale"].items()),)
+
+
+def _long_columns(shape: tuple[int, ...], option: str, layout: str, project: str) -> Case:
+    tensor = TensorCase(shape, "in", (layout, layout, layout))
+    return Case("long", option, (tensor,), DTYPES[0], (tuple(PROJECTIONS[project].items()),), measured=False)
+
+
+CASES = [
+    *ALL,
+    # What is measured takes other ways: sums of all kinds, and no unit that is longer than a tile.
+    *(replace(case, measured=False, tags=f"{case.tags}-unmeasured") for case in ALL if case.measured),
+    # Units longer than a tile, of several groups.
+    *(
+        _long_columns((2, 600, 3, 3), option, layout, project)
+        for option, layout in (("adamw", "c"), ("adamw", "off"), ("sgd.mom", "c"), ("adam.all", "c"))
+        for project in ("rescale", "every3", "shrink")
+    ),
+    _long_columns((2, 1821, 9), "sgd.nesterov", "c", "rescale"),
+    _long_columns((2, 1001, 7), "sgd", "c", "rescale2.5"),
+    # All sizes are those of vectors, one array is not.
+    Case("off", "adamw", (TensorCase((8, 64), "out", ("c", "off", "c")),), DTYPES[0], RESCALED, measured=False),
+]
+"""All cases, and what only these kernels do in ways of their own."""
+
+
+def small_cases() -> list[Case]:
+    """All kinds of tiles, axes and arguments of a call, at sizes that take no time."""
+    fp32 = [case for case in CASES if case.dtypes == DTYPES[0]]
+    small = [case for case in fp32 if case.numel <= 3000 and case.theme not in ("data", "fresh")]
+    data = [case for case in fp32 if case.theme in ("data", "fresh") and case.numel <= 3000 and not case.measured]
+    long = [case for case in fp32 if case.theme == "long" and case.numel <= 2 * 16385 and not case.measured]
+    columns = [case for case in fp32 if case.theme == "columns" and case.numel <= 20000 and not case.measured]
+    return [CASES[-1], *small[::9], *data[::2], *long[-14::3], *long[:2], *columns[:2]]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    load()
+    for number, each in enumerate(small_cases()):
+        print(number, each.id, flush=True)
+        check(each)
+    print(PASSED)

@@ -1,0 +1,114 @@
+"""Triton kernels broken on purpose: the interpreted lane has to notice, by wrong values or by its own checks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from interpreted import PASSED
+
+pytestmark = pytest.mark.interpreted
+# ruff: noqa: E501
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS, NORMS, RULES, NUMERIC = (
+    f"fastwrs/triton_kernels/{name}.py" for name in ("kernels", "norms", "rules", "numeric")
+)
+NOT_AN_OPERAND = "belong to no operand"
+
+
+class Mutant(NamedTuple):
+    """One fault, and what has to be said about it (empty: anything but that all is well)."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    message: str = ""
+
+
+MUTANTS = (
+    Mutant("no mask on a load", KERNELS, "grad = tl.load(g, mask, other=0)", "grad = tl.load(g)", NOT_AN_OPERAND),
+    Mutant("no mask on a store", KERNELS, "tl.store(a0, s0.to(TYPES[2]), mask)", "tl.store(a0, s0.to(TYPES[2]))"),
+    Mutant("a mask off by one", KERNELS, "    mask = within < count\n    p, before", "    mask = within <= count\n    p, before"),
+    Mutant("an offset off by one", KERNELS, "start = tile * size\n", "start = tile * size + 1\n"),
+    Mutant("a wrong tile of a unit", KERNELS, "start = end - unit + tile % row_tiles * TILE", "start = end - unit + tile * TILE"),
+    Mutant("a claim of alignment that is not true", KERNELS, "if ((flags & words.ALIGNED) != 0) & whole:", "if whole:", "no multiple"),
+    Mutant("a step advanced twice", KERNELS, "tl.load(step, mask, other=0) + 1", "tl.load(step, mask, other=0) + 2", "step counts"),
+    Mutant("a ticket that stays", KERNELS, "        tl.store(ticket, 0)\n", "", "ticket"),
+    Mutant("found_inf ignored", KERNELS, "    return found != 0", "    return found > 1e30"),
+    Mutant("the momentum is not started", KERNELS, "(t == 1) | ((flags & words.FRESH) != 0)", "t < 0"),
+    Mutant("the norm of the neighbour", NORMS, "tl.gather(sums, at - row, 0)", "tl.gather(sums, tl.maximum(at - row - rows // 8, 0), 0)"),
+    Mutant("a group that loses rows", NORMS, "while step < rows:", "while 2 * step < rows:"),
+    Mutant("rescale off by a step", NORMS, "multiple = every * tl.floor(quotient(t, every)) == t", "multiple = every * tl.floor(quotient(t - 1, every)) == t - 1"),
+    Mutant("shrink with the new norm", KERNELS, "            x = tl.where(shrink, before, after)\n            if groups", "            x = after\n            if groups"),
+    Mutant("a norm of 0 divided by", NORMS, "whole = (updated > 0) & is_finite(updated)", "whole = updated == updated"),
+    Mutant("no bias correction of the first moment", RULES, "step_size, inverse1 = quotient(lr, correction1)", "step_size, inverse1 = quotient(lr, 1.0 + 0 * correction1)"),
+    Mutant("no bias correction of the second", RULES, "quotient(1.0, square_root(correction2))", "quotient(1.0, 1.0 + 0 * square_root(correction2))"),
+    Mutant("too few terms of a series", NUMERIC, "18 if log_base.dtype == tl.float64 else 10", "18 if log_base.dtype == tl.float64 else 2"),
+    Mutant("Nesterov without the gradient", RULES, "g + momentum * s0, s0)\n    return w - lr", "momentum * s0, s0)\n    return w - lr"),
+    Mutant("columns mixed up", KERNELS, "return mine == col", "return mine >= col"),
+)  # fmt: skip
+UNBROKEN = Mutant("nothing", KERNELS, "", "")
+
+
+class Control:
+    """Copies of the package, each with one fault, run two at a time."""
+
+    def __init__(self, folder: Path, mutants: list[Mutant]) -> None:
+        self.folder = folder
+        self.pool = ThreadPoolExecutor(2)
+        self.verdicts: dict[Mutant, Future[str]] = {m: self.pool.submit(self._run, m) for m in mutants}
+
+    def _run(self, mutant: Mutant) -> str:
+        copy = self.folder / mutant.name.replace(" ", "_")
+        shutil.copytree(ROOT / "fastwrs", copy / "fastwrs", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        for library in (ROOT / "fastwrs").glob("_C*.so"):
+            (copy / "fastwrs" / library.name).symlink_to(library)
+        if mutant.old:
+            path = copy / mutant.file
+            text = path.read_text(encoding="utf-8")
+            assert text.count(mutant.old) == 1, f"{mutant.name}: {text.count(mutant.old)} places in {mutant.file}"
+            path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        environment = {**os.environ, "PYTHONPATH": str(copy), "TRITON_INTERPRET": "1"}
+        done = subprocess.run(
+            [sys.executable, ROOT / "tests" / "interpreted.py"],
+            cwd=copy,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        shutil.rmtree(copy)
+        return f"{done.stdout}\nexit status {done.returncode}"
+
+
+@pytest.fixture(scope="module")
+def control(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Control]:
+    selected = [getattr(item, "callspec", None) for item in request.session.items]
+    mutants = [spec.params["mutant"] for spec in selected if spec and "mutant" in spec.params]
+    control = Control(tmp_path_factory.mktemp("interpreted").resolve(), mutants)
+    yield control
+    control.pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("mutant", [UNBROKEN], ids=lambda mutant: mutant.name)
+def test_the_unbroken_kernels_pass(control: Control, mutant: Mutant) -> None:
+    said = control.verdicts[mutant].result()
+    assert PASSED in said and said.endswith("exit status 0"), said
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "_"))
+def test_caught(control: Control, mutant: Mutant) -> None:
+    said = control.verdicts[mutant].result()
+    print("\n".join(said.splitlines()[-40:]))
+    assert not said.endswith("exit status 0"), "this mutant survives: the lane has a hole"
+    assert mutant.message in said
