@@ -31,10 +31,10 @@ def read(name: str) -> str:
 
 
 def test_documented_commands_exist():
-    targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.M))
-    phony = set(re.findall(r"[a-z]+", read("Makefile").split(".PHONY:")[1].splitlines()[0]))
+    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.M))
+    phony = set(re.findall(r"[a-z-]+", read("Makefile").split(".PHONY:")[1].splitlines()[0]))
     documents = "\n".join(read(name) for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))
-    commands = set(re.findall(r"(?:`|^|; )make ([a-z]+)", documents, re.M))
+    commands = set(re.findall(r"(?:`|^|; )make ([a-z-]+)", documents, re.M))
     assert {"demo", "test", "bench", "lint", "format"} <= commands
     assert commands <= targets
     assert phony == targets

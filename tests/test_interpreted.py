@@ -22,7 +22,6 @@ from tolerances import NORM_BOUND, norm_deviation
 
 import fastwrs
 from fastwrs.plan import StepCall
-from fastwrs.spec import RULES
 
 pytestmark = pytest.mark.interpreted
 TRITON = interpreted.TRITON
@@ -323,32 +322,3 @@ def test_addresses_are_checked(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     )
     with interpreted.watched(call), pytest.raises(Exception, match="belong to no operand"):
         TRITON.step(call)
-
-
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_the_rule_is_that_of_the_spec(rule: Any) -> None:
-    """Hyperparameters, their order, and state slots."""
-    from fastwrs.triton_kernels.rules import RULES as OURS
-
-    assert set(OURS) == set(RULES)
-    assert OURS[rule.name].hypers == tuple(hyper.name for hyper in rule.hypers)
-    assert OURS[rule.name].slots == tuple(slot.name for slot in rule.slots)
-    read: set[str] = set()
-
-    class Recorder(dict):  # type: ignore[type-arg]
-        def __getitem__(self, key: str) -> float:
-            read.add(key)
-            return super().__getitem__(key)
-
-    OURS[rule.name].constants(Recorder({hyper.name: 0.5 for hyper in rule.record}))
-    assert read == {hyper.name for hyper in rule.hypers}
-
-
-def test_the_words_of_the_table_are_named_alike() -> None:
-    from fastwrs.triton_kernels import table
-
-    named = dict(line.split(":") for line in torch.ops.fastwrs.triton_layout().splitlines())
-    assert named["header"].split() == list(table.HEADER)
-    assert named["entry"].split() == list(table.ENTRY)
-    assert named["kinds"].split() == list(table.KINDS)
-    assert named["flags"].split() == list(table.FLAGS)

@@ -1,4 +1,4 @@
-"""A rule is written in three places: spec.py, the oracle, a C++ functor. A forgotten one is a clear failure here."""
+"""A rule is in spec.py, the oracle, a C++ functor and a Triton function. A forgotten one is a clear failure here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 import fastwrs
 from fastwrs import library, reference, spec
 from fastwrs.reference import rules
+from fastwrs.triton_kernels import rules as triton_rules
+from fastwrs.triton_kernels import table
 
 pytestmark = pytest.mark.cpu
 
@@ -74,6 +76,34 @@ def test_optimizer(rule: spec.Rule) -> None:
     assert kinds
     for slot in rule.slots:
         assert slot.when is None or any(slot.when in inspect.signature(kind).parameters for kind in kinds)
+
+
+def test_the_same_rules_in_triton() -> None:
+    assert set(triton_rules.RULES) == set(spec.RULES)
+
+
+@pytest.mark.parametrize("rule", spec.RULES.values(), ids=spec.RULES)
+def test_triton(rule: spec.Rule) -> None:
+    """The same hyperparameters and slots in the same order, and every hyperparameter is read."""
+    ours = triton_rules.RULES[rule.name]
+    assert ours.hypers == tuple(hyper.name for hyper in rule.hypers)
+    assert ours.slots == tuple(slot.name for slot in rule.slots)
+    record = Recorder({hyper.name: 0.5 for hyper in rule.record})
+    ours.constants(record)
+    assert record.read == set(ours.hypers)
+
+
+def test_the_words_of_tritons_table() -> None:
+    """C++ writes them and the kernels read them, by the same names in the same order."""
+    library.load()
+    named = dict(line.split(":") for line in torch.ops.fastwrs.triton_layout().splitlines())
+    assert {name: words.split() for name, words in named.items()} == {
+        "header": list(table.HEADER),
+        "entry": list(table.ENTRY),
+        "kinds": list(table.KINDS),
+        "flags": list(table.FLAGS),
+    }
+    assert list(table.CONTROL) == [hyper.name for hyper in spec.COMMON if hyper.name != "lr_tensor"]
 
 
 def test_dtype_triples() -> None:
