@@ -196,7 +196,8 @@ class Setup:
         reasons = fastwrs.backends()
         if rehearsal:
             torch.set_num_threads(1)  # small tensors gain nothing from more
-            return cls("cpu", [next(name for name in ("cpu", "reference") if reasons[name] is None)], 2)
+            plain = next(name for name in ("cpu", "reference") if reasons[name] is None)
+            return cls("cpu", [plain] + ["triton"] * (reasons["triton"] is None), 2)  # Triton's runs in its interpreter
         if not torch.cuda.is_available():
             sys.exit(f"torch {torch.__version__} finds no CUDA device (--rehearse does without one)")
         if reasons["cuda"] is not None:
@@ -281,7 +282,8 @@ def compare(comparison: Comparison, setup: Setup, clock: Clock) -> Iterator[Line
             if name == COPY:
                 yield common | {"kind": "copy", "side": name} | figures(samples, name, 2 * source.numel(), source)
             elif number == 0 or name != FUSED.name:
-                yield common | {"kind": "step", "side": name} | figures(samples, name, moved, source)
+                line = common | {"kind": "step", "side": name} | figures(samples, name, moved, source)
+                yield line | to_cuda(samples, name, setup.backends[0])
         steps.clear()
         step = work = None
         gc.collect()
@@ -308,6 +310,17 @@ def figures(samples: dict[str, Samples], name: str, moved: int, copied: torch.Te
         "whole_to_fused": quartiles([a / b for a, b in zip(mine.whole, fused.whole, strict=True)]),
         "rounds": len(mine.device),
     }
+
+
+def to_cuda(samples: dict[str, Samples], name: str, cuda: str) -> Line:
+    """A Triton side's ratio to the same on our CUDA kernels, if they were measured in turns.
+
+    ``cuda`` is the backend that stands in for these in a rehearsal.
+    """
+    twin = samples.get(name.replace("fastwrs triton", f"fastwrs {cuda}"))
+    if twin is None or not name.startswith("fastwrs triton"):
+        return {}
+    return {"device_to_cuda": quartiles([a / b for a, b in zip(samples[name].device, twin.device, strict=True)])}
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------

@@ -30,7 +30,12 @@ from gpu_record import ROOT, Line, append
 
 LONGEST = 530
 """Seconds that a part may take."""
-TESTS = ("tests/test_gpu.py", "tests/test_gpu_training.py")
+TESTS = {
+    "tests": (("tests/test_gpu.py", "tests/test_gpu_training.py"), "not triton"),
+    "tests-triton": (("tests/test_gpu.py",), "triton"),
+    "tests-triton-training": (("tests/test_gpu_training.py", "tests/test_gpu_triton.py"), "triton"),
+}
+"""The parts of lane 7: files, and which of their tests. Those on Triton are apart, because they compile for minutes."""
 MORE_TO_DO = 3
 """What bench/gpu.py exits with when time was up."""
 LOST = 9
@@ -41,10 +46,17 @@ PLANTED = {"memcheck": "bounds", "racecheck": "race", "initcheck": "uninitialise
 """Which fault of tests/cpp/planted_faults.cu a tool has to find, before it is believed that there is none in ours."""
 FAULTS = re.compile(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: )(\d+)")
 PROFILED = (
-    ("billion/float32/AdamW/main", "fastwrs cuda WRS"),
-    ("billion/float32/AdamW/main", "torch fused"),
-    ("resnet50/float32/AdamW/main", "fastwrs cuda WRS"),
+    (record.BILLION, record.CUDA),
+    (record.BILLION, record.TRITON),
+    (record.BILLION, "torch fused"),
+    ("resnet50/float32/AdamW/main", record.CUDA),
 )
+KERNELS = {"cuda": ("fastwrs",), "triton": ("step_kernel", "finish_kernel", "project_kernel")}
+"""What the names of our kernels contain."""
+REDUCED = {"cuda": "150", "triton": "240"}
+"""Seconds in which cases begin under compute-sanitizer; Triton compiles on the way."""
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+"""For a process that rehearses: Triton's kernels then run on the CPU."""
 
 
 class BrokenError(Exception):
@@ -117,10 +129,11 @@ def build(session: Session) -> str:
         code, text = session.python("setup.py", "-q", "build_ext", "--inplace", **environment)
         if code:
             raise BrokenError(last(text, 5))
-        why = probe(session)["backends"]["cuda"]
-        if why is not None:
-            raise BrokenError(f"it was built, and the cuda backend cannot run: {why}")
-        return f"for {environment['TORCH_CUDA_ARCH_LIST']}"
+        reasons = probe(session)["backends"]
+        if reasons["cuda"] is not None:
+            raise BrokenError(f"it was built, and the cuda backend cannot run: {reasons['cuda']}")
+        triton = f"; triton cannot run: {reasons['triton']}" if reasons["triton"] else ""
+        return f"for {environment['TORCH_CUDA_ARCH_LIST']}{triton}"
     if record.tool("nvcc") is None or not session.builds:
         return "nothing compiled: " + ("left out" if record.tool("nvcc") else "there is no nvcc")
     environment["TORCH_CUDA_ARCH_LIST"] = "9.0"
@@ -146,40 +159,47 @@ def probe(session: Session) -> Line:
     return json.loads(last(text))
 
 
-def tests(session: Session) -> str:
-    """Lane 7. Where a test breaks the CUDA context, those after it run in a new process."""
-    if importlib.util.find_spec("pytest") is None:
-        raise BrokenError("pytest is not installed")
+def tests(name: str) -> Callable[[Session], str]:
+    """A part of lane 7. Where a test breaks the CUDA context, those after it run in a new process."""
+    files, which = TESTS[name]
     # Whatever plugins and warnings another machine has, they are not what is tested here.
-    command = ("-m", "pytest", "-m", "gpu", "-v", "-rN", "--tb=short", "--maxfail=40", "-W", "default", *TESTS)
+    command = ("-m", "pytest", "-m", "gpu", "-k", which, "-v", "-rN", "--tb=short", "--maxfail=40", "-W", "default")
     environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    if session.rehearsal:
-        code, text = session.python(*command, "--collect-only", "-q", **environment)
-        found = re.search(r"(\d+)(?:/\d+)? tests? collected", text)
-        if code or found is None:
-            raise BrokenError(last(text, 5))
-        return f"{found[1]} tests collected"
-    finished: dict[str, str] = {}
-    for _ in range(5):
-        leave_out = [f"--deselect={name}" for name in finished]
-        code, text = session.python(*command, *leave_out, **environment)
-        code = 0 if code == NOTHING_LEFT and finished else code
-        finished |= dict(re.findall(r"^(tests/\S+::\S+) (PASSED|FAILED|ERROR)", text, re.M))
-        if code != LOST:
-            break
-    failed = [name for name, verdict in finished.items() if verdict != "PASSED"]
-    if code or failed or not finished:
-        raise BrokenError(f"{len(failed)} of {len(finished)} tests failed (pytest: {code}): {', '.join(failed[:5])}")
-    return f"{len(finished)} passed"
+
+    def part(session: Session) -> str:
+        if importlib.util.find_spec("pytest") is None:
+            raise BrokenError("pytest is not installed")
+        if session.rehearsal:
+            code, text = session.python(*command, *files, "--collect-only", "-q", **environment)
+            found = re.search(r"(\d+)(?:/\d+)? tests? collected", text)
+            if code or found is None:
+                raise BrokenError(last(text, 5))
+            return f"{found[1]} tests collected"
+        finished: dict[str, str] = {}
+        for _ in range(5):
+            leave_out = [f"--deselect={name}" for name in finished]
+            code, text = session.python(*command, *files, *leave_out, **environment)
+            code = 0 if code == NOTHING_LEFT and finished else code
+            finished |= dict(re.findall(r"^(tests/\S+::\S+) (PASSED|FAILED|ERROR)", text, re.M))
+            if code != LOST:
+                break
+        failed = [name for name, verdict in finished.items() if verdict != "PASSED"]
+        if code or failed or not finished:
+            raise BrokenError(
+                f"{len(failed)} of {len(finished)} tests failed (pytest: {code}): {', '.join(failed[:5])}"
+            )
+        return f"{len(finished)} passed"
+
+    return part
 
 
-def sanitizer(tool: str) -> Callable[[Session], str]:
+def sanitizer(tool: str, backend: str = "cuda") -> Callable[[Session], str]:
     """A part that runs one tool of compute-sanitizer over the reduced set of cases."""
 
     def part(session: Session) -> str:
-        reduced = ("tests/gpu_reduced.py", "--tool", tool, "--seconds")
+        reduced = ("tests/gpu_reduced.py", "--tool", tool, "--backend", backend, "--seconds")
         if session.rehearsal:
-            code, text = session.python(*reduced, "3", "--device", "cpu")
+            code, text = session.python(*reduced, "3", "--device", "cpu", **INTERPRETED)
             if code:
                 raise BrokenError(last(text, 5))
             return f"{last(text)}, without the tool"
@@ -198,7 +218,8 @@ def sanitizer(tool: str) -> Callable[[Session], str]:
                 said = f"{faults_in(clean)} faults where there are none, {faults_in(found)} where one was planted"
                 raise BrokenError(f"{tool} cannot be believed here, it finds {said}: {last(found)}")
         # Each tensor in an allocation of its own size, so that one element too far is seen.
-        code, text = session.call(*options, *_ours_alone(session, program, tool), sys.executable, *reduced, "150",
+        only = _ours_alone(session, program, tool, backend)
+        code, text = session.call(*options, *only, sys.executable, *reduced, REDUCED[backend],
                                   PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # fmt: skip
         passed = re.search(r"^(\d+) of \d+ cases passed", text, re.M)
         if code or passed is None or faults_in(text) != 0:
@@ -214,11 +235,11 @@ def faults_in(text: str) -> int | None:
     return int(found[-1]) if found else None
 
 
-def _ours_alone(session: Session, program: str, tool: str) -> tuple[str, ...]:
+def _ours_alone(session: Session, program: str, tool: str, backend: str) -> tuple[str, ...]:
     """Options that leave torch's kernels alone; initcheck has to see what they write."""
     if tool == "initcheck" or "--kernel-regex" not in session.call(program, "--help")[1]:
         return ()
-    return "--kernel-regex", "kns=fastwrs"
+    return tuple(option for name in KERNELS[backend] for option in ("--kernel-regex", f"kns={name}"))
 
 
 def measured(name: str) -> Callable[[Session], str]:
@@ -228,7 +249,7 @@ def measured(name: str) -> Callable[[Session], str]:
         arguments = ["bench/gpu.py", "--out", session.out / "gpu.jsonl", "--part", name]
         arguments += ["--done", *session.done] if session.done else []
         arguments += ["--rehearse"] if session.rehearsal else ["--seconds", f"{session.left - 90:.0f}"]
-        code, text = session.python(*arguments)
+        code, text = session.python(*arguments, **INTERPRETED if session.rehearsal else {})
         if code == MORE_TO_DO:
             raise UnfinishedError(last(text))
         if code:
@@ -241,7 +262,8 @@ def measured(name: str) -> Callable[[Session], str]:
 def launches(session: Session) -> str:
     """Counts launches through torch's profiler."""
     arguments = ["bench/gpu.py", "--out", session.out / "gpu.jsonl", "--launches"]
-    code, text = session.python(*arguments, *["--rehearse"] * session.rehearsal)
+    code, text = session.python(*arguments, *["--rehearse"] * session.rehearsal,
+                                **INTERPRETED if session.rehearsal else {})  # fmt: skip
     if code:
         raise BrokenError(last(text, 3))
     return f"{len(re.findall(r'launches$', text, re.M))} sides"
@@ -280,8 +302,9 @@ class Part:
 
 PARTS = {
     "build": Part(build),
-    "tests": Part(tests, 240),
+    **{name: Part(tests(name), 240) for name in TESTS},
     **{tool: Part(sanitizer(tool), 240) for tool in PLANTED},
+    **{f"{tool}-triton": Part(sanitizer(tool, "triton"), 330) for tool in PLANTED},
     **{f"bench-{name}": Part(measured(name), 180)
        for name in ("billion", "convnets", "llama", "small", "others", "compiled")},
     "launches": Part(launches),
@@ -335,7 +358,7 @@ def run(session: Session, names: list[str], again: bool, seconds: float) -> int:
         if name == "build" and verdict != "ok":
             break
     lines = record.read(session.out / "gpu.jsonl", *session.done)
-    table = "\n".join(f"{name:<16}{verdict:<8}{note}" for name, verdict, note in results)
+    table = "\n".join(f"{name:<22}{verdict:<8}{note}" for name, verdict, note in results)
     text = f"{record.summary(lines)}\n```\n{table}\n```\n"
     (session.out / "summary.md").write_text(text, encoding="utf-8")
     session.say("\n" + text)

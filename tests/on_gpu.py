@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tolerances
@@ -14,22 +15,28 @@ from cases import Case
 from torch import Tensor
 
 import fastwrs
+from fastwrs import dispatch
+from fastwrs.plan import StepCall
 
+BACKENDS = ("cuda", "triton")
 DEVICE = BACKEND = "cuda"
+"""Where the tests run, and on which kernels: the fixture ``kernels`` takes one after the other."""
+NAMES = {"cuda": ("fastwrs",), "triton": ("step_kernel", "finish_kernel", "project_kernel")}
+"""What the names of a backend's kernels contain."""
 LOST = 9
 """What pytest exits with when a test has broken the CUDA context: no test after it could pass."""
 
 
-def why_not() -> str | None:
+def why_not(backend: str = "cuda") -> str | None:
     """Why nothing can be tested here, or None."""
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no CUDA device"
-    return fastwrs.backends()["cuda"]
+    return fastwrs.backends()[backend]
 
 
-def require() -> None:
+def require(backend: str = "cuda") -> None:
     """Fails a test where there is no GPU: a lane that skips proves nothing."""
-    if (why := why_not()) is not None:
+    if (why := why_not(backend)) is not None:
         pytest.fail(f"lane gpu needs a GPU and kernels that were built for it: {why}")
 
 
@@ -37,6 +44,18 @@ def require() -> None:
 def gpu() -> None:
     """Fails every test of a module where there is no GPU."""
     require()
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def kernels(gpu: None, request: pytest.FixtureRequest) -> Iterator[str]:  # noqa: ARG001 (comes first)
+    """Whose kernels a test runs on: all tests of a module with one, then all with the other."""
+    global BACKEND
+    before = BACKEND
+    if request.param != before:
+        require(request.param)
+    BACKEND = request.param
+    yield request.param
+    BACKEND = before
 
 
 @pytest.fixture
@@ -49,8 +68,22 @@ def context(gpu: None, request: pytest.FixtureRequest) -> Iterator[None]:  # noq
         pytest.exit(f"{request.node.nodeid} has broken the CUDA context: {error}", returncode=LOST)
 
 
-def planned(*args: object) -> Tensor | None:
+def take(*args: Any) -> None:
+    """One step on the backend that is tested, with the arguments of the op in order."""
+    if BACKEND == "triton":
+        dispatch.choose(BACKEND).step(StepCall(*args[:14]), *args[14:])
+    else:
+        torch.ops.fastwrs.step(*args)
+
+
+def planned(*args: Any) -> Tensor | None:
     """A workspace that is just large enough for a call of the op, poisoned but for its ticket."""
+    if BACKEND == "triton":
+        call = StepCall(*args[:13])  # it makes its own, in a dry run too
+        dispatch.choose(BACKEND).step(call, dry_run=True)
+        if call.workspace is not None:
+            call.workspace[4:] = math.nan
+        return call.workspace
     device = next(arg for arg in args if isinstance(arg, list) and arg)[0].device
     if device.type == "cpu" and not torch._C._dispatch_has_kernel_for_dispatch_key("fastwrs::step_plan", "CPU"):
         return None  # a rehearsal on the kernels for the CPU, which need none
@@ -63,15 +96,15 @@ def planned(*args: object) -> Tensor | None:
 def run(call: Call) -> Call:
     """One step; afterwards the ticket of the workspace has to be 0 again."""
     call.workspace = planned(*call.args())
-    torch.ops.fastwrs.step(*call.args())
+    take(*call.args())
     ticket = call.workspace
     assert ticket is None or not ticket[:4].view(torch.int32).any(), "the ticket is not back at 0"
     return call
 
 
-def step(*args: object) -> None:
+def step(*args: Any) -> None:
     """The op as ``Call.run_part`` takes it."""
-    torch.ops.fastwrs.step(*args[:-1], planned(*args))
+    take(*args[:-1], planned(*args))
 
 
 def on_cpu(call: Call) -> Call:

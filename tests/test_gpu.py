@@ -1,4 +1,6 @@
-"""Lane 7: the CUDA kernels on a real GPU, against the oracle. The optimizers are in test_gpu_training.py.
+"""Lane 7: the kernels for a GPU, CUDA's and Triton's, on a real one, against the oracle.
+
+The optimizers are in test_gpu_training.py, what only Triton has is in test_gpu_triton.py.
 
 Nothing is skipped: without a GPU, or without kernels for it, every test here fails and says why.
 """
@@ -15,7 +17,7 @@ import tolerances
 import torch
 from calls import one_thread, place, same
 from cases import CASES, DTYPES, PROJECTIONS, Case, TensorCase, dims_of, mask_of, select
-from on_gpu import context, gpu  # noqa: F401 (fixtures)
+from on_gpu import context, gpu, kernels  # noqa: F401 (fixtures)
 from parity import parameters
 from tolerances import NORM_BOUND, Inputs, norm_deviation
 from torch import Tensor
@@ -24,6 +26,7 @@ import fastwrs
 from fastwrs import dispatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("context")]
+both = pytest.mark.usefixtures("kernels")
 
 FLOATS = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 AXES = ("out", "in", "tensor", (0,))
@@ -57,11 +60,13 @@ def simple(option: str, dtypes: tuple[str, str, str], *tensors: TensorCase, **mo
 # ---- one call of the op ---------------------------------------------------------------------------------------------
 
 
+@both
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_step(case: Case) -> None:
     on_gpu.check_case(case)
 
 
+@both
 @pytest.mark.parametrize("found", [-1.0, 1e-30, 2.0, math.inf, math.nan])
 @pytest.mark.parametrize("option", ["sgd.mom", "adamw.ams"])
 def test_any_found_inf_skips_the_step_and_leaves_every_byte(option: str, found: float) -> None:
@@ -74,15 +79,17 @@ def test_any_found_inf_skips_the_step_and_leaves_every_byte(option: str, found: 
     assert not same(on_gpu.on_cpu(on_gpu.run(call)).written(), before)
 
 
+@both
 def test_dry_run_writes_nothing() -> None:
     for case in select(3000, every=19):
         call = case.build(on_gpu.DEVICE)
         before = on_gpu.on_cpu(call).written()
         call.workspace = on_gpu.planned(*call.args())
-        torch.ops.fastwrs.step(*call.args(), True)
+        on_gpu.take(*call.args(), True)
         assert same(on_gpu.on_cpu(call).written(), before), case.id
 
 
+@both
 def test_the_same_call_gives_the_same_bits() -> None:
     """However blocks are scheduled, and with whatever in the workspace."""
     cases = [*select(20000, every=7), simple("adamw", DTYPES[0], *[TensorCase((700, 1003), axis) for axis in AXES])]
@@ -91,6 +98,7 @@ def test_the_same_call_gives_the_same_bits() -> None:
         assert all(same(first, other) for other in others), case.id
 
 
+@both
 def test_splitting_and_reversing_a_list_changes_no_bit() -> None:
     cases = [case for case in CASES if len(case.tensors) > 1 and not case.found_inf][::4]
     assert len(cases) > 40
@@ -106,6 +114,7 @@ def test_splitting_and_reversing_a_list_changes_no_bit() -> None:
         assert same(written, on_gpu.on_cpu(reverse).written()), case.id
 
 
+@both
 @pytest.mark.parametrize("axis", AXES, ids=str)
 def test_a_nan_in_one_group_changes_no_bit_of_the_others(axis: Any) -> None:
     case = simple("adamw", DTYPES[0], TensorCase((6, 5, 3, 3), axis), TensorCase((9, 33), axis), TensorCase((4,), None))
@@ -122,9 +131,11 @@ def test_a_nan_in_one_group_changes_no_bit_of_the_others(axis: Any) -> None:
     assert torch.equal(left.params[2], right.params[2])
 
 
+@both
 def test_what_does_not_fit_is_refused_before_anything_is_written() -> None:
     case = simple("adamw", DTYPES[0], TensorCase((13, 29)), TensorCase((5, 2, 70001), (0, 2)))
-    for fault in ("no workspace", "a workspace on the CPU", "a state on the CPU", "another shape"):
+    faults = ("no workspace", "a workspace on the CPU", "a state on the CPU", "another shape")
+    for fault in faults[on_gpu.BACKEND == "triton" :]:  # Triton's backend makes its own
         call = case.build(on_gpu.DEVICE)
         before = on_gpu.on_cpu(call).written()
         call.workspace = on_gpu.planned(*call.args())
@@ -138,20 +149,23 @@ def test_what_does_not_fit_is_refused_before_anything_is_written() -> None:
         else:
             call.grads[1] = call.grads[1][:4]
         with pytest.raises(RuntimeError):
-            torch.ops.fastwrs.step(*call.args())
+            on_gpu.take(*call.args())
         torch.cuda.synchronize()
         assert same(on_gpu.on_cpu(call).written(), before), fault
 
 
+@both
 @pytest.mark.parametrize("option", ["adamw.ams", "sgd.nesterov.wd"])
 def test_opcheck(option: str) -> None:
+    op = torch.ops.fastwrs.triton_step if on_gpu.BACKEND == "triton" else torch.ops.fastwrs.step
     tensors = TensorCase((8, 6)), TensorCase((4, 3, 3, 3), "in", ("cl", "cl", "cl")), TensorCase((5,), None)
     case = simple(option, DTYPES[2], *tensors, grad_scale=2.0, found_inf=0.0, lr_tensor="float32")
     call = case.build(on_gpu.DEVICE)
     assert call.measured is not None
     call.measured.zero_()  # opcheck compares what is written, and a NaN equals nothing
-    size, _ = torch.ops.fastwrs.step_plan(*call.args())
-    call.workspace = torch.zeros((size + 3) // 4, device=on_gpu.DEVICE)
+    call.workspace = on_gpu.planned(*call.args())
+    assert call.workspace is not None
+    call.workspace.zero_()
 
     def alone(argument: object) -> object:
         """Without the memory around it, which opcheck would compare too."""
@@ -159,7 +173,7 @@ def test_opcheck(option: str) -> None:
             return [alone(item) for item in argument]
         return argument.clone() if isinstance(argument, Tensor) else argument
 
-    torch.library.opcheck(torch.ops.fastwrs.step.default, tuple(alone(argument) for argument in call.args()))
+    torch.library.opcheck(op.default, tuple(alone(argument) for argument in call.args()))
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
@@ -170,6 +184,7 @@ def _large(seed: int, scale: float) -> Tensor:
     return torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16, device=on_gpu.DEVICE).normal_(0, scale, generator=generator)
 
 
+@both
 @pytest.mark.parametrize("axis", ["out", None, "tensor"], ids=str)
 def test_more_than_2_to_the_31_elements(axis: Any) -> None:
     """SGD without momentum on one bf16 tensor: rows at the start, on both sides of element 2^31, and at the end."""
@@ -226,6 +241,7 @@ def test_auto_takes_the_kernels_for_cuda() -> None:
     params = parameters(shapes=((4, 3),))
     params[0].grad = torch.ones(4, 3)
     before = params[0].detach().clone()
-    with pytest.raises(RuntimeError, match="cuda"):
-        fastwrs.AdamW(params, backend="cuda").step()
-    assert torch.equal(params[0], before)
+    for name in on_gpu.BACKENDS:
+        with pytest.raises(RuntimeError, match=name):
+            fastwrs.AdamW(params, backend=name).step()
+        assert torch.equal(params[0], before)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -57,14 +59,15 @@ def test_lists_have_the_published_counts(name: str) -> None:
 
 def test_parts_run_one_by_one_and_are_not_run_twice(tmp_path: Path) -> None:
     command = (sys.executable, "bench/gpu_parts.py", "--rehearse", "--no-build", "--out", str(tmp_path))
-    done = subprocess.run([*command, "--part", "build", "tests"], cwd=ROOT, capture_output=True, text=True, check=False)
+    parts = ["build", *gpu_parts.TESTS, "memcheck-triton"]
+    done = subprocess.run([*command, "--part", *parts], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     verdicts = gpu_record.read(tmp_path / "parts.jsonl")
-    assert [(line["part"], line["verdict"], line["rehearsal"]) for line in verdicts] == [
-        ("build", "ok", True),
-        ("tests", "ok", True),
-    ]
-    assert int(verdicts[1]["note"].split()[0]) > len(CASES) + 30
+    assert [(line["part"], line["verdict"], line["rehearsal"]) for line in verdicts] == [(p, "ok", True) for p in parts]
+    counts = {line["part"]: int(line["note"].split()[0]) for line in verdicts[1:]}
+    assert counts["tests"] > len(CASES) + 30
+    assert counts["tests-triton"] > len(CASES) and counts["tests-triton-training"] > 50
+    assert counts["memcheck-triton"] >= gpu_reduced.FEWEST
     assert "REHEARSAL" not in (tmp_path / "summary.md").read_text()  # nothing was measured
     assert "pytest" in (tmp_path / "log.txt").read_text()
 
@@ -77,7 +80,13 @@ def test_every_part_ends_in_time_and_is_documented() -> None:
     assert all(comparison.list_name in lists.LISTS for part in gpu.PARTS.values() for comparison in part)
     assert {goal[0] for goal in gpu_record.GOALS} <= set(gpu.COMPARISONS)
     assert {comparison for comparison, _ in gpu_parts.PROFILED} <= set(gpu.COMPARISONS)
-    assert all((ROOT / file).is_file() for file in gpu_parts.TESTS)
+    assert all((ROOT / file).is_file() for files, _ in gpu_parts.TESTS.values() for file in files)
+    assert gpu_parts.KERNELS == on_gpu.NAMES
+    sources = [path for suffix in ("cu", "cuh", "h") for path in ROOT.glob(f"csrc/**/*.{suffix}")]
+    sources += (ROOT / "fastwrs" / "triton_kernels").glob("*.py")
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    assert all(f"def {name}(" in text for name in on_gpu.NAMES["triton"])
+    assert all(f"namespace {name}" in text for name in on_gpu.NAMES["cuda"])
 
 
 def fake_session(tmp_path: Path, answers: list[tuple[int, str]]) -> gpu_parts.Session:
@@ -98,15 +107,16 @@ def test_tests_go_on_where_one_has_broken_the_context(tmp_path: Path) -> None:
     answers = [(on_gpu.LOST, first), (0, "tests/test_gpu.py::test_c PASSED [100%]\n")]
     session = fake_session(tmp_path, answers)
     with pytest.raises(gpu_parts.BrokenError, match=r"1 of 3 tests failed .*test_b"):
-        gpu_parts.tests(session)
+        gpu_parts.tests("tests")(session)
     left_out = [part for part in session.commands[1] if part.startswith("--deselect")]  # type: ignore[attr-defined]
     assert left_out == ["--deselect=tests/test_gpu.py::test_a[x-1]", "--deselect=tests/test_gpu.py::test_b"]
     assert gpu_parts.LOST == on_gpu.LOST
 
 
+@pytest.mark.parametrize("backend", on_gpu.BACKENDS)
 @pytest.mark.parametrize("tool", gpu_parts.PLANTED)
 def test_a_sanitizer_is_believed_only_if_it_finds_the_planted_fault(
-    tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tool: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_record, "tool", lambda name: name)
     none, one = "========= ERROR SUMMARY: 0 errors", "========= ERROR SUMMARY: 1 error"
@@ -116,13 +126,16 @@ def test_a_sanitizer_is_believed_only_if_it_finds_the_planted_fault(
     passed = (0, f"40 of 90 cases passed\n{none}")
     good = [(0, ""), (0, none), (0, one), *options, passed]
     session = fake_session(tmp_path, [*good])
-    assert gpu_parts.sanitizer(tool)(session).startswith("40 of 90 cases passed")
-    assert ("kns=fastwrs" in session.commands[-1]) == (tool != "initcheck")  # type: ignore[attr-defined]
+    assert gpu_parts.sanitizer(tool, backend)(session).startswith("40 of 90 cases passed")
+    command = session.commands[-1]  # type: ignore[attr-defined]
+    assert command[command.index("--backend") + 1] == backend
+    for name in on_gpu.NAMES[backend]:
+        assert (f"kns={name}" in command) == (tool != "initcheck")
     for k, answer in ((1, (0, one)), (2, (0, none)), (2, (1, "Device not supported")), (-1, (0, one)), (-1, (1, none))):
         answers = [*good]
         answers[k] = answer
         with pytest.raises(gpu_parts.BrokenError):
-            gpu_parts.sanitizer(tool)(fake_session(tmp_path, answers))
+            gpu_parts.sanitizer(tool, backend)(fake_session(tmp_path, answers))
     planted = (ROOT / "tests/cpp/planted_faults.cu").read_text(encoding="utf-8")
     assert f'"{gpu_parts.PLANTED[tool]}"' in planted and '"none"' in planted
 
@@ -223,6 +236,27 @@ def test_all_sides_pass_their_check_and_one_that_is_wrong_is_not_reported(
     assert {line["side"] for line in records(out, "refused")} == {"fastwrs cpu WRS", "fastwrs cpu WRS(IC)"}
 
 
+def test_triton_is_measured_against_our_cuda_kernels(tmp_path: Path) -> None:
+    """In its interpreter, in a process of its own; the kernels for the CPU stand in for those for CUDA."""
+    code = """
+import sys, gpu
+gpu.PARTS["billion"] = gpu.PARTS["billion"][:1]
+sys.exit(gpu.main(["--rehearse", "--out", sys.argv[1], "--part", "billion"]))
+"""
+    out = tmp_path / "gpu.jsonl"
+    path = os.pathsep.join([str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, **gpu_parts.INTERPRETED, "PYTHONPATH": path}
+    command = [sys.executable, "-c", code, str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ratios = {line["side"]: line.get("device_to_cuda") for line in records(out, "step")}
+    triton = {side for side in ratios if side.startswith("fastwrs triton")}
+    assert gpu_record.TRITON in triton
+    assert {side for side, ratio in ratios.items() if ratio is not None} == triton
+    said = gpu_record.summary(gpu_record.read(out))
+    assert re.search(r"Triton / our CUDA kernel: [\d.]+, (met|MISSED) \(goal: <= 1.1\)", said)
+
+
 def test_sides_that_do_not_fit_into_memory_together_are_measured_apart() -> None:
     sides = [gpu_sides.Side(name, lambda work: work.params.clear) for name in "fabcd"]
     sizes = dict.fromkeys("fabcd", 10.0) | {"b": 30.0}
@@ -277,12 +311,14 @@ def test_the_device_is_timed_behind_a_queue_that_is_full(monkeypatch: pytest.Mon
 
 
 def test_the_summary_says_which_goals_are_met() -> None:
-    line = {"kind": "step", "comparison": "billion/float32/AdamW/main", "side": gpu_record.GOAL_SIDE, "gb_per_s": 1.0,
+    line = {"kind": "step", "comparison": "billion/float32/AdamW/main", "side": gpu_record.CUDA, "gb_per_s": 1.0,
             "device_us": [1, 2, 3], "host_us": [1, 2, 3], "whole_us": [1, 2, 3], "share_of_copy": 0.91,
             "device_to_fused": [0.9, 0.99, 1.1], "whole_to_fused": [0.9, 1.0, 1.1]}  # fmt: skip
     said = gpu_record.summary([json.loads(json.dumps(line))])
     assert "0.990, met" in said and "0.910, MISSED" in said and "not measured" in said
     assert "REHEARSAL" not in said
+    other = line | {"side": gpu_record.TRITON, "device_to_cuda": [1.0, 1.05, 1.2]}
+    assert "1.050, met (goal: <= 1.1)" in gpu_record.summary([line, other])
     refused = {"kind": "refused", "comparison": "x", "side": "y", "why": "wrong"}
     assert "REFUSED, the check failed: x: y: wrong" in gpu_record.summary([line, refused])
     assert gpu_record.latest([line, line | {"gb_per_s": 2.0}]) == [line | {"gb_per_s": 2.0}]

@@ -19,7 +19,7 @@ import tolerances
 import torch
 from calls import bits, one_thread, same
 from lists import NORM, PLAIN, WEIGHT, Param
-from on_gpu import context, gpu  # noqa: F401 (fixtures)
+from on_gpu import context, gpu, kernels  # noqa: F401 (fixtures)
 from parity import gradients
 from tolerances import NORM_BOUND, norm_deviation
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastwrs
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("context")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("context", "kernels")]
 
 SHAPES = ((64, 300), (8, 5, 3, 3), (33,), (2, 70001), (), (0, 4))
 TALL = (4000, 70)
@@ -51,7 +51,7 @@ def on_device(tensors: list[Tensor]) -> list[nn.Parameter]:
 
 
 def make(name: str, options: dict[str, Any], params: list[nn.Parameter], rescale: Any = None, **more: Any) -> Any:
-    """An optimizer on the kernels for CUDA whose weights are rescaled."""
+    """An optimizer on the kernels that are tested, whose weights are rescaled."""
     weights, rest = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
     groups = [{"params": weights, "rescale": rescale}, {"params": rest}]
     more = {"lr": 0.05, "backend": on_gpu.BACKEND} | more
@@ -263,6 +263,35 @@ def test_a_captured_step_keeps_its_schedule_and_reads_lr(name: str, options: dic
         assert (far <= NORM_BOUND[torch.float32]) == (t % 3 == 0)
 
 
+@pytest.mark.parametrize("axis", ["out", (0,)], ids=["out", "two_phases"])
+def test_two_graphs_of_one_optimizer(axis: Any) -> None:
+    """Captured without a step between them, with other gradients, and replayed in turns with eager steps."""
+    shapes = (*SHAPES[:3], TALL)
+    params, twins = on_device(start(shapes)), on_device(start(shapes))
+    every = fastwrs.Rescale(every=3, axis=axis)
+    optimizer, eager = (make(*KINDS[2], tensors, every) for tensors in (params, twins))
+    slopes = [[grad.to(on_gpu.DEVICE) for grad in gradients(params, step)] for step in range(3)]
+
+    def let(tensors: list[nn.Parameter], turn: int) -> None:
+        for param, grad in zip(tensors, slopes[turn], strict=True):
+            param.grad = grad
+
+    for tensors, each in ((params, optimizer), (twins, eager)):
+        let(tensors, 0)
+        each.step()
+    graphs = []
+    for turn in (1, 2):
+        let(params, turn)
+        graphs.append(captured(optimizer.step))
+    let(params, 0)
+    for turn in (1, 2, 0, 2, 2, 0, 1):
+        [optimizer.step, graphs[0].replay, graphs[1].replay][turn]()
+        let(twins, turn)
+        eager.step()
+    torch.cuda.synchronize()
+    assert same(everything(optimizer), everything(eager))
+
+
 def test_graphs_of_two_optimizers_in_any_order() -> None:
     """Captured one after the other, replayed the other way round, with eager steps of a third in between."""
     params = [on_device(start((TALL, (64, 300)))) for _ in range(4)]
@@ -332,6 +361,31 @@ def test_nothing_waits_for_the_device(name: str, options: dict[str, Any], found:
     assert same(everything(optimizer), before) == (found != 0)
 
 
+@pytest.mark.parametrize(("name", "options"), BOTH, ids=["SGD", "AdamW"])
+def test_gradients_that_move_in_every_step(name: str, options: dict[str, Any]) -> None:
+    """Steps that the host queues ahead of the device find each its own gradients, and nothing waits."""
+    shapes = (*SHAPES[:3], TALL)
+    params, twins = on_device(start(shapes)), on_device(start(shapes))
+    optimizer, other = (make(name, options, p, fastwrs.Rescale(every=2, axis=(0,))) for p in (params, twins))
+    slopes = [[grad.to(on_gpu.DEVICE) for grad in gradients(params, step)] for step in range(18)]
+
+    def queue(steps: range) -> None:
+        for step in steps:
+            for param, grad in zip(params, slopes[step], strict=True):
+                param.grad = grad
+            optimizer.step()
+
+    queue(range(2))
+    torch.cuda._sleep(LONG_ENOUGH)
+    queue(range(2, 10))  # whatever memory so many steps need at once, they have from now on
+    with no_waiting():
+        queue(range(10, 18))
+    for step in range(18):
+        give(twins, step, slopes[step])
+        other.step()
+    assert same(everything(optimizer), everything(other))
+
+
 # ---- memory and launches --------------------------------------------------------------------------------------------
 
 
@@ -365,6 +419,11 @@ def split(params: list[Param], most_rows: int) -> list[dict[str, Any]]:
 
 def launched(step: Callable[[], object], folder: Path) -> list[str]:
     """What the device does in one step, by the names of the kernels, copies and fills."""
+    return [event["name"] for event in traced(step, folder)]
+
+
+def traced(step: Callable[[], object], folder: Path) -> list[dict[str, Any]]:
+    """What the device does in one step, as torch's profiler has it."""
     for _ in range(2):  # the first profile of a process misses launches
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
@@ -373,7 +432,7 @@ def launched(step: Callable[[], object], folder: Path) -> list[str]:
     trace = folder / "trace.json"
     profiled.export_chrome_trace(str(trace))
     events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    return [event["name"] for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
@@ -386,7 +445,7 @@ def test_launches_per_step(which: str, most: int, name: str, tmp_path: Path) -> 
         optimizer.step()
     names = launched(optimizer.step, tmp_path)
     assert 1 <= len(names) <= most, names
-    assert all("fastwrs" in kernel for kernel in names), names
+    assert all(any(ours in name for ours in on_gpu.NAMES[on_gpu.BACKEND]) for name in names), names
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

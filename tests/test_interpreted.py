@@ -213,10 +213,10 @@ def test_a_table_for_a_graph_is_a_spare_one_and_kept(monkeypatch: pytest.MonkeyP
         TRITON.step(call)
         eager, _ = brought[-1]
         memory = TRITON._memories[call.workspace]
-        TRITON.step(call)
         assert len(brought) == 1 and len(memory.spares) == TRITON.SPARES
         capturing = True
         for _ in range(TRITON.SPARES):
+            TRITON.step(call, dry_run=True)
             TRITON.step(call)
         with pytest.raises(RuntimeError, match="take a step before"):
             TRITON.step(call)

@@ -79,6 +79,7 @@ class _Table:
 
     host: Tensor
     device: Tensor
+    pinned: bool = False
     behind: int = 0
     """Words from the first to the last that the device does not have yet."""
 
@@ -94,7 +95,7 @@ class _Memory:
     captured: list[_Table] = field(default_factory=list)
     """Those that graphs copy and read again whenever they are replayed."""
     owed: list[int] = field(default_factory=list)
-    """Words of the spares to be made in the next step that is not captured."""
+    """Words of the spares to be made at the end of the next step that is not captured."""
     hyper: list[float] = field(default_factory=list)
     constants: list[float] = field(default_factory=list)
 
@@ -123,9 +124,9 @@ def _step(call: StepCall, dry_run: bool) -> None:
     prepared: list[_Launches] = []
     while workspace is not call.workspace:  # one that had to grow is in the tables of both
         workspace = call.workspace
-        prepared = [_prepare(call, walk=False)]
+        prepared = [_prepare(call, False, dry_run)]
         if prepared[0].tensors < len(call.params):
-            prepared.append(_prepare(call, walk=True))
+            prepared.append(_prepare(call, True, dry_run))
     prepared = [launches for launches in prepared if launches.tensors]
     for launches in prepared:
         launch.compile_once(launches.variant, launches.table.device, launches.tiles)
@@ -137,6 +138,8 @@ def _step(call: StepCall, dry_run: bool) -> None:
         _bring_to_device(launches.table)
     for launches in prepared:
         launch.launch(launches.variant, launches.table.device, launches.tiles)
+    if not is_captured(call):
+        _lay_in_spares(call)
 
 
 def _on_gpu(device: torch.device) -> bool:
@@ -157,7 +160,7 @@ class _Launches(NamedTuple):
     tensors: int
 
 
-def _prepare(call: StepCall, walk: bool) -> _Launches:
+def _prepare(call: StepCall, walk: bool, dry_run: bool) -> _Launches:
     """The table of the tensors that have to be walked by strides, or of the others, on the host."""
     from fastwrs.triton_kernels import launch
 
@@ -181,7 +184,7 @@ def _prepare(call: StepCall, walk: bool) -> _Launches:
         if size > 4 * call.workspace.numel():
             call.workspace = allocate(call, size)
             _memories[call.workspace] = memory
-        elif words > table.host.numel():
+        elif words > table.host.numel() and not (dry_run and is_captured(call)):
             _enlarge(call, memory, table, words)
         else:
             break
@@ -205,8 +208,6 @@ def _table_for(call: StepCall, memory: _Memory, walk: bool) -> _Table:
     device = call.params[0].device
     if is_captured(call):
         return _new_table(0, device)  # exchanged for a spare one as soon as its size is known
-    while memory.owed:
-        memory.spares.append(_new_table(memory.owed.pop(), device, pinned=True))
     key = _stream_of(device), id(call.params), walk
     table = memory.tables.pop(key, None) or _new_table(0, device)
     memory.tables[key] = table
@@ -217,7 +218,13 @@ def _table_for(call: StepCall, memory: _Memory, walk: bool) -> _Table:
 
 def _new_table(words: int, device: torch.device, pinned: bool = False) -> _Table:
     host = torch.zeros(words, dtype=torch.int64, device="cpu", pin_memory=pinned)
-    return _Table(host, torch.empty(words, dtype=torch.int64, device=device) if _on_gpu(device) else host)
+    return _Table(host, torch.empty(words, dtype=torch.int64, device=device) if _on_gpu(device) else host, pinned)
+
+
+def _lay_in_spares(call: StepCall) -> None:
+    memory: _Memory = _memories[call.workspace]
+    while memory.owed:
+        memory.spares.append(_new_table(memory.owed.pop(), call.params[0].device, pinned=True))
 
 
 def _enlarge(call: StepCall, memory: _Memory, table: _Table, words: int) -> None:
@@ -233,7 +240,7 @@ def _enlarge(call: StepCall, memory: _Memory, table: _Table, words: int) -> None
         spare = min(fitting, key=lambda known: known.host.numel())
         memory.spares = [known for known in memory.spares if known is not spare]
         memory.owed.append(spare.host.numel())
-        table.host, table.device, table.behind = spare.host, spare.device, 0
+        table.host, table.device, table.pinned, table.behind = spare.host, spare.device, spare.pinned, 0
         memory.captured.append(table)
         return
     new = _new_table(words + words // 4, device)
@@ -246,7 +253,7 @@ def _bring_to_device(table: _Table) -> None:
     """Copies what the device does not have yet, in the order of the stream and without waiting for it."""
     if table.device is not table.host and table.behind:
         source = table.host[: table.behind]
-        if not source.is_pinned():
+        if not table.pinned:
             # PyTorch keeps pinned memory from being reused before the copy has happened.
             source = torch.empty(table.behind, dtype=torch.int64, device="cpu", pin_memory=True).copy_(source)
         table.device[: table.behind].copy_(source, non_blocking=True)

@@ -43,15 +43,15 @@ class Variant(NamedTuple):
     def blocks(self) -> Blocks:
         """Chosen so that nothing spills, with 16 bytes for each thread where registers allow it.
 
-        What a thread holds decides: 8 elements; 4 where there are three states, four sums, or an address for each
-        element; 2 with both sums and addresses; half of these in fp64, and 1 where it has addresses.
+        What a thread holds decides: 16 elements; 8 where there are three states, four sums, or an address for each
+        element; half of these in fp64. Some kernels that walk have more warps, for ptxas would rather spill a little
+        than be above the 128 registers with which two blocks of 8 warps fit a multiprocessor.
         """
         double = self.dtypes[0] == "float64"
-        if self.walk and (self.measure or double):
-            return Blocks(512, 4, 8, 32, 16) if double else Blocks(1024, 4, 16, 32, 16)
+        warps = 16 if self.walk and (double if self.slots > 1 else self.measure) else 8
         if self.slots == 3 or self.measure or self.walk:
-            return Blocks(1024, 4, 16, 32, 16) if double else Blocks(2048, 4, 32, 32, 16)
-        return Blocks(2048, 2, 32, 32, 16) if double else Blocks(4096, 4, 64, 32, 16)
+            return Blocks(1024, 4, 16, 32, warps) if double else Blocks(2048, 4, 32, 32, warps)
+        return Blocks(2048, 2, 32, 32, warps) if double else Blocks(4096, 4, 64, 32, warps)
 
     def step(self) -> tuple[Any, dict[str, Any], int]:
         """The kernel of the step, its constants and its warps."""
