@@ -1,4 +1,4 @@
-# make demo | test | bench | sass | gpu | lint | format | clean        PYTHON=python3.12 make ... picks another Python (3.10 or newer)
+# make demo | test | bench | sass | triton-full | gpu | lint | format | clean        PYTHON=python3.12 make ... picks another Python (3.10 or newer)
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
@@ -14,7 +14,7 @@ BUILT := $(VENV)/.built$(if $(COMPILER),,-without-compiler)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 unexport PYTHONPATH
 
-.PHONY: demo test bench sass gpu lint format clean help
+.PHONY: demo test bench sass triton-full gpu lint format clean help
 help:
 	@sed -n 1p Makefile
 
@@ -29,6 +29,19 @@ bench: $(BUILT) $(VENV)/.tools
 
 sass: $(BUILT) $(VENV)/.tools
 	$(VENV)/bin/python tests/sass.py --write docs/sass.md
+	$(VENV)/bin/python tests/triton_code.py --write docs/triton.md
+
+# All targets, and the interpreter, with the oldest Triton that is supported and with the pinned one.
+OLD_TRITON := 3.6.0
+OLD_TRITON_AT := $(CURDIR)/build/triton-$(OLD_TRITON)
+triton-full: $(BUILT) $(VENV)/.tools
+	test -d $(OLD_TRITON_AT) || $(PIP) install --no-deps --target $(OLD_TRITON_AT) triton==$(OLD_TRITON)
+	rm -f docs/triton-full.log
+	failed=0; for at in $(OLD_TRITON_AT) ''; do \
+		PYTHONPATH=$$at $(VENV)/bin/python tests/triton_code.py --log docs/triton-full.log || failed=1; \
+		said=$$(PYTHONPATH=$$at $(VENV)/bin/pytest -q -m interpreted) || failed=1; \
+		echo "  pytest -m interpreted: $$(echo "$$said" | tail -n 1)" >> docs/triton-full.log; \
+	done; exit $$failed
 
 # On a machine with a GPU and no network: nothing is installed, so this Python has to have torch. See bench/README.md.
 gpu:

@@ -50,6 +50,13 @@ def why_not(name: str, device_type: str | None = None, dtypes: Triple | None = N
     return _MODULES[name].why_not(device_type, dtypes)
 
 
+def _why_not_unasked(name: str) -> str | None:
+    """Why ``"auto"`` passes over a backend that could run."""
+    if name == triton.NAME and triton.interpreted():
+        return "its kernels are interpreted (TRITON_INTERPRET), which has to be asked for by name"
+    return None
+
+
 def backends() -> dict[str, str | None]:
     """All backends by name, with None if they can run here, or the reason why they cannot."""
     return {name: why_not(name) for name in BACKENDS}
@@ -82,7 +89,8 @@ def choose(name: str = "auto", device_type: str | None = None, dtypes: Triple | 
         raise ValueError(f"{given}: no such backend; allowed: 'auto', {', '.join(map(repr, BACKENDS))}")
     reasons = {}
     for candidate in BACKENDS if name == "auto" else (name,):
-        reasons[candidate] = why_not(candidate, device_type, dtypes)
+        reasons[candidate] = _why_not_unasked(candidate) if name == "auto" else None
+        reasons[candidate] = reasons[candidate] or why_not(candidate, device_type, dtypes)
         if reasons[candidate] is None:
             return _MODULES[candidate]
     raise RuntimeError(f"{given} cannot run: {'; '.join(f'{n}: {reason}' for n, reason in reasons.items())}")

@@ -58,9 +58,8 @@ class _Watch:
 
     def check(self, addresses: np.ndarray, mask: np.ndarray, size: int, what: str) -> int:
         """The bytes that are moved; AssertionError for an address of nobody's."""
-        wanted = np.broadcast_to(addresses, np.broadcast_shapes(addresses.shape, mask.shape))[
-            np.broadcast_to(mask, np.broadcast_shapes(addresses.shape, mask.shape))
-        ]
+        addresses, mask = np.broadcast_arrays(addresses, mask.astype(bool))  # masks may be 0 and 1
+        wanted = addresses[mask]
         if wanted.size:
             place = np.searchsorted(self.starts, wanted, side="right").astype(np.int64) - 1
             inside = (place >= 0) & (wanted + np.uint64(size) <= self.ends[np.maximum(place, 0)])
@@ -244,6 +243,7 @@ def _long_columns(shape: tuple[int, ...], option: str, layout: str, project: str
     return Case("long", option, (tensor,), DTYPES[0], (tuple(PROJECTIONS[project].items()),), measured=False)
 
 
+TWO_PHASES = (TensorCase((2, 16500)), TensorCase((5, 7)), TensorCase((300, 70), (0,)), TensorCase((130, 140), "tensor"))
 CASES = [
     *ALL,
     # What is measured takes other ways: sums of all kinds, and no unit that is longer than a tile.
@@ -256,6 +256,15 @@ CASES = [
     ),
     _long_columns((2, 1821, 9), "sgd.nesterov", "c", "rescale"),
     _long_columns((2, 1001, 7), "sgd", "c", "rescale2.5"),
+    # Sums of several tensors share the workspace.
+    *(
+        Case("phases", option, TWO_PHASES, DTYPES[0], (tuple(PROJECTIONS[project].items()),), measured=measured)
+        for option, project, measured in (
+            ("sgd", "rescale", False),
+            ("sgd.mom", "shrink", False),
+            ("sgd", "both2", True),
+        )
+    ),
     # All sizes are those of vectors, one array is not.
     Case("off", "adamw", (TensorCase((8, 64), "out", ("c", "off", "c")),), DTYPES[0], RESCALED, measured=False),
 ]
@@ -269,13 +278,35 @@ def small_cases() -> list[Case]:
     data = [case for case in fp32 if case.theme in ("data", "fresh") and case.numel <= 3000 and not case.measured]
     long = [case for case in fp32 if case.theme == "long" and case.numel <= 2 * 16385 and not case.measured]
     columns = [case for case in fp32 if case.theme == "columns" and case.numel <= 20000 and not case.measured]
-    return [CASES[-1], *small[::9], *data[::2], *long[-14::3], *long[:2], *columns[:2]]
+    calls = [case for case in fp32 if case.theme == "call" and case.rule == "sgd" and case.measured]
+    calls = [case for case in calls if any(tag in case.tags for tag in ("scale3", "lr.float64", "lr0.None"))]
+    window = [case for case in fp32 if case.id.count("window.out") and case.numel <= 3000]
+    phases = [case for case in CASES if case.theme == "phases"]
+    return [CASES[-1], *small[::9], *data[::2], *long[-14::3], *long[:2], *columns[:2], *calls, *window[:2], *phases]
 
 
-if __name__ == "__main__":
+def check_functions() -> None:
+    """Functions by themselves."""
+    import triton_functions  # after `load`
+
+    for function in triton_functions.CHECKS:
+        print(function.__name__, flush=True)
+        with np.errstate(all="ignore"):
+            function()
+
+
+def main() -> None:
+    """The short list, and functions by themselves."""
     torch.set_num_threads(1)
     load()
     for number, each in enumerate(small_cases()):
         print(number, each.id, flush=True)
         check(each)
+    check_functions()
     print(PASSED)
+
+
+if __name__ == "__main__":
+    import interpreted
+
+    interpreted.main()  # of the module that the functions import too

@@ -117,7 +117,23 @@ def emulated() -> int:
     return failed
 
 
-OTHERS = "oracle or cpu or negative_control or emulated or emulated_control or compiled or gpu"
+def interpreted() -> int:
+    """The Triton kernels in the interpreter, cases shared by two processes; then kernels broken on purpose."""
+    command = [Path(sys.executable).parent / "pytest", "-q", "-m", "interpreted", "tests/test_interpreted.py"]
+    several = [
+        subprocess.Popen(
+            [*command, *only], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1", "INTERPRETED_PART": part}
+        )
+        for part, only in (("0/2", ()), ("1/2", ("-k", "test_step or test_norms_of")))
+    ]
+    failed = max([abs(process.wait()) for process in several])
+    return failed or pytest_("interpreted", "tests/test_interpreted_control.py")
+
+
+OTHERS = (
+    "oracle or cpu or negative_control or emulated or emulated_control or compiled or interpreted or triton_compiled"
+    " or gpu"
+)
 LANES = (
     Lane("lint", 60, lint),
     Lane("oracle", 60, lambda: pytest_("oracle")),
@@ -128,6 +144,8 @@ LANES = (
     Lane("emulated", 420, emulated),
     Lane("emulated control", 400, lambda: pytest_("emulated_control")),
     Lane("compiled", 360, lambda: pytest_("compiled")),
+    Lane("interpreted", 420, interpreted),
+    Lane("triton_compiled", 360, lambda: pytest_("triton_compiled")),
 )
 
 

@@ -37,10 +37,11 @@ from test_gpu_training import (
 from torch import Tensor, nn
 
 import fastwrs
-from fastwrs.backends.triton import SPARES
+from fastwrs import dispatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("context")]
 
+TRITON: Any = dispatch._MODULES["triton"]
 MODELS = ("resnet50", "llama_1b")
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}, "AdamW": {}}
 
@@ -180,7 +181,7 @@ def test_memory_for_graphs_is_laid_in_by_steps() -> None:
     for tensors, each in ((params, optimizer), (twins, eager)):
         give(tensors, 0)
         each.step()
-    graphs = [captured(optimizer.step) for _ in range(SPARES)]
+    graphs = [captured(optimizer.step) for _ in range(TRITON.SPARES)]
     with pytest.raises(RuntimeError, match="take a step before"):
         captured(optimizer.step)
     torch.cuda.synchronize()

@@ -53,6 +53,16 @@ MUTANTS = (
     Mutant("no bias correction of the second", RULES, "quotient(1.0, square_root(correction2))", "quotient(1.0, 1.0 + 0 * square_root(correction2))"),
     Mutant("too few terms of a series", NUMERIC, "18 if log_base.dtype == tl.float64 else 10", "18 if log_base.dtype == tl.float64 else 2"),
     Mutant("Nesterov without the gradient", RULES, "g + momentum * s0, s0)\n    return w - lr", "momentum * s0, s0)\n    return w - lr"),
+    Mutant("only the first partial sums", KERNELS, "first += HEIGHT * lanes", "first += row_tiles", "sums are off"),
+    Mutant("rounding of partial sums lost", KERNELS, "other=0) - lost", "other=0)", "equal parts"),
+    Mutant("an infinite part spoils the rest", KERNELS, "lost = tl.where(is_finite(new), (new - total) - x, 0)", "lost = (new - total) - x", "infinite part"),
+    Mutant("sums of all tensors in one place", KERNELS, "workspace = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(entry + words.PARTIAL_AT)", "workspace = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE))"),
+    Mutant("a held tile written over", KERNELS, "new = new + (tl.where(k == j, x, held[j]),)", "new = new + (tl.where(k >= j, x, held[j]),)"),
+    Mutant("the gradient stays scaled", KERNELS, "        tl.store(g, grad.to(TYPES[1]), mask)\n", ""),
+    Mutant("rescaled with a learning rate of 0", NORMS, "grouped & (lr != 0) & (every > 0)", "grouped & (every > 0)"),
+    Mutant("rescaled after the window", NORMS, " & (t < tl.load(control + words.STOP))", ""),
+    Mutant("ties of a learning rate not to even", NUMERIC, " + ((magnitude >> 29) & 1)", "", "what is right"),
+    Mutant("a power that leaves the range", NUMERIC, "steps = tl.floor(whole + rest)", "steps = tl.floor(whole)", "are allowed"),
     Mutant("columns mixed up", KERNELS, "return mine == col", "return mine >= col"),
 )  # fmt: skip
 UNBROKEN = Mutant("nothing", KERNELS, "", "")

@@ -30,12 +30,12 @@ ONLY = {
     ),
     "fastwrs.triton_kernels": ("fastwrs.triton_kernels",),
 }
-MAY_NEED_TRITON = ("fastwrs.triton_kernels", "fastwrs.backends.triton")
+THROUGH_TRITON = ("fastwrs.triton_kernels", "fastwrs.backends.triton", "fastwrs.backends.triton_available")
 # Modules that only the listed ones may import.
 ONLY_BY = {
     # fastwrs.__main__ imports the function backends(), which looks the same here.
     "fastwrs.backends": ("fastwrs.dispatch", "fastwrs.backends", "fastwrs.__main__"),
-    "fastwrs.triton_kernels": ("fastwrs.triton_kernels", "fastwrs.backends.triton", "tests", "bench"),
+    "fastwrs.triton_kernels": (*THROUGH_TRITON, "tests", "bench"),
     "tests": ("tests",),
     "bench": ("bench", "tests"),
     "examples": ("examples", "tests"),
@@ -85,7 +85,7 @@ def python_faults(root: Path) -> Iterator[str]:
         for name in imports(path, module, is_package):
             top = name.split(".")[0]
             if module.startswith("fastwrs"):
-                needed = {"torch", "triton"} if within(module, MAY_NEED_TRITON) else {"torch"}
+                needed = {"torch", "triton"} if within(module, THROUGH_TRITON) else {"torch"}
                 if top not in OURS and top not in sys.stdlib_module_names | needed and top not in bare:
                     yield f"{relative} imports {name}: torch is the only dependency at run time"
                 if top in bare:

@@ -49,9 +49,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[list[st
     for kernel in all_kernels:
         kernel.device_caches.clear()
 
-    def compile_only(kernel: Any, programs: int, table: Any, constants: dict[str, Any], warps: int) -> None:
+    def compile_only(kernel: Any, programs: int, table: Any, constants: dict[str, Any]) -> None:
         before = size_of_caches()
-        kernel.warmup(table, **constants, num_warps=warps, enable_fp_fusion=False, grid=(programs,))
+        kernel.warmup(table, **constants, **launch.OPTIONS, grid=(programs,))
         seen.extend([kernel.fn.__name__] * (size_of_caches() - before))
 
     def size_of_caches() -> int:
@@ -103,7 +103,8 @@ def test_one_compilation_for_a_list(compiled: list[str], name: str) -> None:
 
 def test_one_compilation_for_each_variant(compiled: list[str]) -> None:
     """A kernel for each rule, number of states and dtypes, and for what has to be walked or scaled apart."""
-    for kind, options in ((fastwrs.SGD, {"momentum": 0.9}), (fastwrs.SGD, {}), (fastwrs.AdamW, {})):
+    kinds: Any = ((fastwrs.SGD, {"momentum": 0.9}), (fastwrs.SGD, {}), (fastwrs.AdamW, {}))
+    for kind, options in kinds:
         for _ in range(2):
             params = [torch.nn.Parameter(torch.randn(40, 30)), torch.nn.Parameter(torch.randn(9))]
             for param in params:

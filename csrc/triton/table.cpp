@@ -41,6 +41,8 @@ enum { FASTWRS_FLAGS(FASTWRS_NAME) };
 constexpr int64_t kTicketBytes = 16;
 constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kMostTiles = 0x7fffffff;
+// Norm groups of a unit that is held in registers, each of which costs a pass over these: 9 are a kernel of 3 x 3.
+constexpr int64_t kMostColsHeld = 16;
 
 int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 int64_t address(const void* pointer) { return int64_t(reinterpret_cast<uintptr_t>(pointer)); }
@@ -76,7 +78,8 @@ void cut_into_tiles(const StepJob& job, const TensorStep& step, const Geometry& 
     cut.tiles = divide_up(g.units, e[entry::k_units_per_tile]);
     return;
   }
-  if (unit <= sizes.tile * sizes.held && !g.strided() && !measured && (g.cols == 1 || step.rate == 0)) {
+  const bool cols_fit = g.cols == 1 || (step.rate == 0 && g.cols <= kMostColsHeld);
+  if (unit <= sizes.tile * sizes.held && !g.strided() && !measured && cols_fit) {
     e[entry::k_kind] = kind::k_long;
     cut.tiles = g.units;
     return;

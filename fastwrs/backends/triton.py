@@ -6,10 +6,6 @@ table is brought to the device when it has changed, and the kernels are launched
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import shutil
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,60 +13,31 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastwrs import library
-
 # The projection alone has no kernels of its own yet; on a GPU it is PyTorch's.
 from fastwrs.backends.reference import channel_norms as channel_norms
 from fastwrs.backends.reference import rescale_ as rescale_
+from fastwrs.backends.triton_available import interpreted
+from fastwrs.backends.triton_available import why_not_here as _why_not_here
 from fastwrs.backends.workspace import allocate, is_captured, keep_for_this_stream
 from fastwrs.plan import StepCall, name_of
 from fastwrs.spec import DTYPE_TRIPLES, RULES
 
 NAME = "triton"
-OLDEST = (3, 6)
-LEAST_CAPABILITY = (8, 0)
 SPARES, TABLES = 4, 16
 WORKSPACE_BYTES = 16  # of the ticket
 
 
 def why_not(device_type: str | None = None, dtypes: tuple[str, str, str] | None = None) -> str | None:
     """It needs Triton, a C compiler, the extension, a GPU with its tensors on it, and known dtypes."""
-    allowed = ("cuda", "cpu") if _interpreted() else ("cuda",)
-    if device_type not in (None, *allowed):
+    if interpreted():
+        if device_type not in (None, "cpu"):
+            return f"its kernels are interpreted (TRITON_INTERPRET), for tensors on the CPU, not on {device_type}"
+    elif device_type not in (None, "cuda"):
         return f"its tensors must be on a GPU, not on {device_type}"
     reason = _why_not_here()
     if reason is None and dtypes is not None and dtypes not in DTYPE_TRIPLES:
         reason = f"it has no kernel for (param, grad, state) dtypes {dtypes}"
     return reason
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache
-def _why_not_here() -> str | None:
-    """Why it cannot run in this process. Asks the driver, which must not happen before it is wanted: see dispatch."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'fastwrs[triton]')"
-    import triton
-
-    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
-        return f"triton {triton.__version__} is too old; {'.'.join(map(str, OLDEST))} is the first that will do"
-    if reason := library.why_not():
-        return reason
-    if _interpreted():
-        return None
-    if not torch.cuda.is_available():
-        return "PyTorch finds no GPU"
-    if torch.version.hip is None:
-        found = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
-        if max(found) < LEAST_CAPABILITY:
-            newest, least = (f"{major}.{minor}" for major, minor in (max(found), LEAST_CAPABILITY))
-            return f"the GPU's compute capability is {newest}; Triton's kernels are for {least} and newer"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "Triton compiles its launcher with a C compiler, and there is none (install gcc, or set CC)"
-    return None
 
 
 @dataclass(eq=False)
@@ -82,6 +49,10 @@ class _Table:
     pinned: bool = False
     behind: int = 0
     """Words from the first to the last that the device does not have yet."""
+    staging: Tensor | None = None
+    """Pinned memory for the next copy, where the table itself is not pinned."""
+    spares: list[_Table] = field(default_factory=list)
+    """Tables of the same size for graphs: memory of both kinds cannot be allocated while one is captured."""
 
 
 @dataclass(eq=False)
@@ -90,18 +61,21 @@ class _Memory:
 
     tables: dict[Any, _Table] = field(default_factory=dict)
     """By stream, parameters and kind; the last one used is the last."""
-    spares: list[_Table] = field(default_factory=list)
-    """For graphs: memory of both kinds cannot be allocated while one is captured."""
+    reserved: dict[Any, _Table] = field(default_factory=dict)
+    """By parameters and kind: taken from the spares by a dry run, for the step that is captured next."""
     captured: list[_Table] = field(default_factory=list)
     """Those that graphs copy and read again whenever they are replayed."""
-    owed: list[int] = field(default_factory=list)
-    """Words of the spares to be made at the end of the next step that is not captured."""
     hyper: list[float] = field(default_factory=list)
     constants: list[float] = field(default_factory=list)
 
+    @property
+    def spares(self) -> list[_Table]:
+        """All that are laid in: SPARES for each of at most TABLES tables."""
+        return [spare for table in self.tables.values() for spare in table.spares]
+
 
 _memories: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By workspace."""
+"""By workspace. One that was exchanged for a larger one shares its memory with it."""
 
 
 def step(call: StepCall, dry_run: bool = False) -> None:
@@ -113,7 +87,7 @@ def step(call: StepCall, dry_run: bool = False) -> None:
 
 
 def _step(call: StepCall, dry_run: bool) -> None:
-    """Everything that can fail comes first, for all launches: checks, memory, compilation."""
+    """Everything that can fail comes first, for all launches: checks, compilation, memory."""
     from fastwrs.triton_kernels import launch
 
     if not call.params:
@@ -124,22 +98,26 @@ def _step(call: StepCall, dry_run: bool) -> None:
     prepared: list[_Launches] = []
     while workspace is not call.workspace:  # one that had to grow is in the tables of both
         workspace = call.workspace
-        prepared = [_prepare(call, False, dry_run)]
+        prepared = [_prepare(call, False)]
         if prepared[0].tensors < len(call.params):
-            prepared.append(_prepare(call, True, dry_run))
+            prepared.append(_prepare(call, True))
     prepared = [launches for launches in prepared if launches.tensors]
+    captured = is_captured(call)
     for launches in prepared:
         launch.compile_once(launches.variant, launches.table.device, launches.tiles)
+        _stage(launches.table)
+        if not captured:
+            _lay_in_spares(launches.table, call.params[0].device)
     if dry_run:
         return
     assert workspace is not None
     keep_for_this_stream(workspace)
+    if captured:
+        _give_to_graph(_memories[workspace], [launches.table for launches in prepared])
     for launches in prepared:
         _bring_to_device(launches.table)
     for launches in prepared:
         launch.launch(launches.variant, launches.table.device, launches.tiles)
-    if not is_captured(call):
-        _lay_in_spares(call)
 
 
 def _on_gpu(device: torch.device) -> bool:
@@ -160,7 +138,7 @@ class _Launches(NamedTuple):
     tensors: int
 
 
-def _prepare(call: StepCall, walk: bool, dry_run: bool) -> _Launches:
+def _prepare(call: StepCall, walk: bool) -> _Launches:
     """The table of the tensors that have to be walked by strides, or of the others, on the host."""
     from fastwrs.triton_kernels import launch
 
@@ -177,18 +155,22 @@ def _prepare(call: StepCall, walk: bool, dry_run: bool) -> _Launches:
     if memory.hyper != call.hyper:
         memory.constants = _constants(call)
         memory.hyper = list(call.hyper)
-    table = _table_for(call, memory, walk)
+    tables, key = _tables_for(call, memory, walk)
+    table = tables.get(key) or _new_table(0, call.params[0].device)
     while True:
         arguments = *call.arguments(), False, memory.constants, sizes, walk, table.host
         words, changed, size, *tiles, tensors, _others = torch.ops.fastwrs.triton_table(*arguments)
+        # At once: the table on the host has been written, and the next round will find nothing changed.
+        table.behind = max(table.behind, changed)
+        if not tensors:
+            break
         if size > 4 * call.workspace.numel():
-            call.workspace = allocate(call, size)
-            _memories[call.workspace] = memory
-        elif words > table.host.numel() and not (dry_run and is_captured(call)):
+            _enlarge_workspace(call, memory, size)
+        elif words > table.host.numel():
             _enlarge(call, memory, table, words)
         else:
+            _keep_as_last(tables, key, table)
             break
-    table.behind = max(table.behind, changed)
     return _Launches(variant, table, tuple(tiles), tensors)
 
 
@@ -201,62 +183,91 @@ def _constants(call: StepCall) -> list[float]:
     return [number for record in records for number in launch.constants_of(call.rule, record)]
 
 
-# ---- the table, on the host and on the device -----------------------------------------------------------------------
+# ---- memory: the table on the host and on the device, the workspace -------------------------------------------------
 
 
-def _table_for(call: StepCall, memory: _Memory, walk: bool) -> _Table:
-    device = call.params[0].device
+def _tables_for(call: StepCall, memory: _Memory, walk: bool) -> tuple[dict[Any, _Table], Any]:
+    """Where the table of a call is kept, and under what key."""
     if is_captured(call):
-        return _new_table(0, device)  # exchanged for a spare one as soon as its size is known
-    key = _stream_of(device), id(call.params), walk
-    table = memory.tables.pop(key, None) or _new_table(0, device)
-    memory.tables[key] = table
-    if len(memory.tables) > TABLES:
-        del memory.tables[next(iter(memory.tables))]
-    return table
+        return memory.reserved, (id(call.params), walk)
+    return memory.tables, (_stream_of(call.params[0].device), id(call.params), walk)
+
+
+def _keep_as_last(tables: dict[Any, _Table], key: Any, table: _Table) -> None:
+    tables.pop(key, None)
+    tables[key] = table
+    if len(tables) > TABLES:
+        del tables[next(iter(tables))]
+
+
+def _page_locked(words: int, device: torch.device) -> Tensor:
+    """Memory on the host that is copied to a GPU without waiting."""
+    return torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
 
 
 def _new_table(words: int, device: torch.device, pinned: bool = False) -> _Table:
-    host = torch.zeros(words, dtype=torch.int64, device="cpu", pin_memory=pinned)
+    host = (_page_locked(words, device) if pinned else torch.empty(words, dtype=torch.int64, device="cpu")).zero_()
     return _Table(host, torch.empty(words, dtype=torch.int64, device=device) if _on_gpu(device) else host, pinned)
 
 
-def _lay_in_spares(call: StepCall) -> None:
-    memory: _Memory = _memories[call.workspace]
-    while memory.owed:
-        memory.spares.append(_new_table(memory.owed.pop(), call.params[0].device, pinned=True))
+def _enlarge_workspace(call: StepCall, memory: _Memory, size: int) -> None:
+    call.workspace = allocate(call, size)
+    _memories[call.workspace] = memory
+    for table in memory.tables.values():  # their next step will find another address: no allocation between launches
+        _stage(table, table.host.numel())
 
 
 def _enlarge(call: StepCall, memory: _Memory, table: _Table, words: int) -> None:
-    """Gives a table room for so many words."""
-    device = call.params[0].device
-    if is_captured(call):
-        fitting = [spare for spare in memory.spares if spare.host.numel() >= words]
-        if not fitting:
-            raise RuntimeError(
-                "fastwrs: this step needs pinned memory for its table, and none can be made while a graph is captured: "
-                f"take a step before (each lays in memory for {SPARES} captures)"
-            )
-        spare = min(fitting, key=lambda known: known.host.numel())
-        memory.spares = [known for known in memory.spares if known is not spare]
-        memory.owed.append(spare.host.numel())
-        table.host, table.device, table.pinned, table.behind = spare.host, spare.device, spare.pinned, 0
-        memory.captured.append(table)
+    """Gives a table room for so many words: new memory, or that of a spare table while a graph is captured."""
+    new = _take_spare(memory, words) if is_captured(call) else _new_table(words + words // 4, call.params[0].device)
+    table.host, table.device, table.pinned, table.behind = new.host, new.device, new.pinned, 0
+    table.staging, table.spares = None, []
+
+
+def _take_spare(memory: _Memory, words: int) -> _Table:
+    """The smallest spare table that is large enough."""
+    fitting = [
+        (spare.host.numel(), k, owner)
+        for owner in memory.tables.values()
+        for k, spare in enumerate(owner.spares)
+        if spare.host.numel() >= words
+    ]
+    if not fitting:
+        raise RuntimeError(
+            "fastwrs: this step needs pinned memory for its table, and none can be made while a graph is captured: "
+            f"take a step before (each lays in memory for {SPARES} captures)"
+        )
+    _, k, owner = min(fitting, key=lambda found: found[0])
+    return owner.spares.pop(k)
+
+
+def _lay_in_spares(table: _Table, device: torch.device) -> None:
+    while _on_gpu(device) and len(table.spares) < SPARES:
+        table.spares.append(_new_table(table.host.numel(), device, pinned=True))
+
+
+def _give_to_graph(memory: _Memory, tables: list[_Table]) -> None:
+    """From here on nobody else may have these."""
+    memory.captured += tables
+    memory.reserved = {key: table for key, table in memory.reserved.items() if table not in tables}
+
+
+def _stage(table: _Table, words: int = 0) -> None:
+    """Allocates what the next copy of so many words, or of what is known to have changed, will need."""
+    if table.device is table.host or table.pinned or table.staging is not None or not (words or table.behind):
         return
-    new = _new_table(words + words // 4, device)
-    table.host, table.device, table.behind = new.host, new.device, 0
-    if _on_gpu(device):
-        memory.owed += [table.host.numel()] * SPARES
+    # As large as the table, so that PyTorch finds the same memory again once a copy has happened, and not before.
+    table.staging = _page_locked(table.host.numel(), table.device.device)
 
 
 def _bring_to_device(table: _Table) -> None:
     """Copies what the device does not have yet, in the order of the stream and without waiting for it."""
     if table.device is not table.host and table.behind:
-        source = table.host[: table.behind]
-        if not table.pinned:
-            # PyTorch keeps pinned memory from being reused before the copy has happened.
-            source = torch.empty(table.behind, dtype=torch.int64, device="cpu", pin_memory=True).copy_(source)
-        table.device[: table.behind].copy_(source, non_blocking=True)
+        source = table.host
+        if table.staging is not None:
+            source, table.staging = table.staging, None
+            source[: table.behind].copy_(table.host[: table.behind])
+        table.device[: table.behind].copy_(source[: table.behind], non_blocking=True)
     table.behind = 0
 
 

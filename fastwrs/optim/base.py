@@ -169,7 +169,6 @@ class FusedOptimizer(Optimizer):
                 on(grad_scale, device),
                 on(found_inf, device),
                 measured=None,  # the place where a buffer for per-group measurements goes in
-                workspace=(self._workspaces.get(device) or [None])[-1],
             )
             launches.append((bundle, call))
         return launches
@@ -179,15 +178,13 @@ class FusedOptimizer(Optimizer):
         try:
             if len(launches) > 1:
                 for bundle, call in launches:
-                    dispatch.launch(bundle.backend, call, dry_run=True)
+                    self._run(bundle, call, dry_run=True)
             for bundle, call in launches[:1]:
-                dispatch.launch(bundle.backend, call)
+                self._run(bundle, call)
         except Exception as error:
             return error
-        finally:
-            self._keep_workspaces(launches)
         for bundle, call in launches[1:]:
-            dispatch.launch(bundle.backend, call)
+            self._run(bundle, call)
         found_inf = self._amp()[1]
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf != 0):
             return None  # skipped: nothing was written. One on a device is not looked at, which would wait for it.
@@ -197,13 +194,17 @@ class FusedOptimizer(Optimizer):
             increment_version(written if call.grad_scale is None else written + call.grads)
         return None
 
-    def _keep_workspaces(self, launches: Launches) -> None:
-        """Remembers what backends have allocated. Nothing is given back: a captured graph may go on using it."""
-        for bundle, call in launches:
-            if call.workspace is None:
-                continue
-            kept = self._workspaces.setdefault(bundle.device, [])
-            if not any(call.workspace is known for known in kept):
+    def _run(self, bundle: Bundle, call: StepCall, dry_run: bool = False) -> None:
+        """One call, with the workspace that those before it have made or enlarged: all on a device use the same.
+
+        What a backend allocates is kept, and nothing given back: a captured graph may go on using it.
+        """
+        kept = self._workspaces.setdefault(bundle.device, [])
+        call.workspace = kept[-1] if kept else None
+        try:
+            dispatch.launch(bundle.backend, call, dry_run=dry_run)
+        finally:
+            if call.workspace is not None and not any(call.workspace is known for known in kept):
                 kept.append(call.workspace)
 
     # ----------------------------------------------------------------------------------------------------- the checks

@@ -193,7 +193,7 @@ def _long_tile(table, entry, control, scalars, lr, rescale, shrink, start, UPDAT
     cols = tl.load(entry + words.COLS).to(tl.int32)
     within = tl.arange(0, TILE)
     nothing = tl.zeros([TILE], TYPES[3])
-    w0, w1, w2, w3 = nothing, nothing, nothing, nothing
+    held = (nothing,) * HELD
     total = tl.sum(nothing)
     k = 0
     while k * TILE < unit:
@@ -203,44 +203,66 @@ def _long_tile(table, entry, control, scalars, lr, rescale, shrink, start, UPDAT
         after = tl.where(mask, after, 0)
         x = tl.where(shrink, before, after)
         total += tl.sum(x * x)
-        w0, w1 = tl.where(k == 0, after, w0), tl.where(k == 1, after, w1)
-        if HELD == 4:
-            w2, w3 = tl.where(k == 2, after, w2), tl.where(k == 3, after, w3)
+        held = _with(held, k, after, HELD)
         k += 1
+    factor = tl.zeros_like(total) + 1
     if cols == 1:
         if rescale | shrink:
             norm = square_root(total)
             factor = projection_factor(control, lr, rescale, shrink, norm, norm)
-            w0, w1, w2, w3 = w0 * factor, w1 * factor, w2 * factor, w3 * factor
     elif rescale:
         inverse = quotient(1.0, cols.to(tl.float32))
         col = 0
         while col < cols:
-            c0, c1 = _is_col(within, inverse, cols, col), _is_col(within + TILE, inverse, cols, col)
-            squares = tl.where(c0, w0 * w0, 0) + tl.where(c1, w1 * w1, 0)
-            if HELD == 4:
-                c2, c3 = _is_col(within + 2 * TILE, inverse, cols, col), _is_col(within + 3 * TILE, inverse, cols, col)
-                squares += tl.where(c2, w2 * w2, 0) + tl.where(c3, w3 * w3, 0)
-            norm = square_root(tl.sum(squares))
-            factor = projection_factor(control, lr, rescale, shrink, norm, norm)
-            w0, w1 = tl.where(c0, w0 * factor, w0), tl.where(c1, w1 * factor, w1)
-            if HELD == 4:
-                w2, w3 = tl.where(c2, w2 * factor, w2), tl.where(c3, w3 * factor, w3)
+            norm = square_root(tl.sum(_squares_of_col(held, within, inverse, cols, col, TILE, HELD)))
+            of_col = projection_factor(control, lr, rescale, shrink, norm, norm)
+            held = _with_scaled_col(held, of_col, within, inverse, cols, col, TILE, HELD)
             col += 1
     k = 0
     while k * TILE < unit:
         p = _places(table, entry, words.PARAM, TYPES[0], start + k * TILE, within, ALIGNED, False, 2 + SLOTS)
-        new = tl.where(k == 0, w0, w1)
-        if HELD == 4:
-            new = tl.where(k < 2, new, tl.where(k == 2, w2, w3))
-        tl.store(p, new.to(TYPES[0]), within < unit - k * TILE)
+        tl.store(p, (_of(held, k, HELD) * factor).to(TYPES[0]), within < unit - k * TILE)
         k += 1
+
+
+@triton.jit
+def _with(held, k, x, HELD: tl.constexpr):
+    # Registers have no numbers that are known only at run time.
+    new = ()
+    for j in tl.static_range(HELD):
+        new = new + (tl.where(k == j, x, held[j]),)
+    return new
+
+
+@triton.jit
+def _of(held, k, HELD: tl.constexpr):
+    x = held[0]
+    for j in tl.static_range(1, HELD):
+        x = tl.where(k == j, held[j], x)
+    return x
 
 
 @triton.jit
 def _is_col(place, inverse, cols, col):
     _row, mine = divided(place, inverse, cols)
     return mine == col
+
+
+@triton.jit
+def _squares_of_col(held, within, inverse, cols, col, TILE: tl.constexpr, HELD: tl.constexpr):
+    squares = tl.zeros_like(held[0])
+    for j in tl.static_range(HELD):
+        squares += tl.where(_is_col(within + j * TILE, inverse, cols, col), held[j] * held[j], 0)
+    return squares
+
+
+@triton.jit
+def _with_scaled_col(held, factor, within, inverse, cols, col, TILE: tl.constexpr, HELD: tl.constexpr):
+    new = ()
+    for j in tl.static_range(HELD):
+        of_col = _is_col(within + j * TILE, inverse, cols, col)
+        new = new + (tl.where(of_col, held[j] * factor, held[j]),)
+    return new
 
 
 @triton.jit
@@ -366,22 +388,27 @@ def step_kernel(table, PREPARE: tl.constexpr, UPDATE: tl.constexpr, SLOTS: tl.co
 @triton.jit
 def _compensated_sum(table, entry, kind, unit, col, there, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                      COMPUTE: tl.constexpr):  # fmt: skip
-    # The partial sums of some columns of a unit, in a fixed order, with what rounding loses kept.
+    # The partial sums of some columns of a unit, in a fixed order, with what rounding loses kept. Of a single column
+    # every lane has a part.
     cols, row_tiles = tl.load(entry + words.COLS), tl.load(entry + words.ROW_TILES)
     sums = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(entry + words.PARTIAL_AT)
     sums += kind * tl.load(entry + words.PER_SUM) + unit * row_tiles * cols
+    one = cols == 1
+    lanes = tl.where(one, WIDTH, 1)
+    lane = tl.where(one, tl.arange(0, WIDTH), 0)[None, :]
+    col, there = tl.where(one, 0, col)[None, :], (there | one)[None, :]
     total = tl.zeros([HEIGHT, WIDTH], COMPUTE)
     lost = tl.zeros([HEIGHT, WIDTH], COMPUTE)
     first = tl.zeros_like(row_tiles)
     while first < row_tiles:
-        row = first + tl.arange(0, HEIGHT)
-        mask = (row[:, None] < row_tiles) & there[None, :]
-        x = tl.load(sums + row[:, None] * cols + col[None, :], mask, other=0) - lost
+        row = first + tl.arange(0, HEIGHT)[:, None] * lanes + lane
+        x = tl.load(sums + row * cols + col, (row < row_tiles) & there, other=0) - lost
         new = total + x
         lost = tl.where(is_finite(new), (new - total) - x, 0)
         total = new
-        first += HEIGHT
-    return tl.sum(total, axis=0)
+        first += HEIGHT * lanes
+    of_lanes = tl.sum(total, axis=0)
+    return tl.where(one, tl.zeros_like(of_lanes) + tl.sum(of_lanes), of_lanes)
 
 
 @triton.jit

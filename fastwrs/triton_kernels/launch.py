@@ -18,8 +18,21 @@ FINISH_HEIGHT, FINISH_WIDTH = 128, 16
 """Partial sums that a program of ``finish_kernel`` reads at a time."""
 
 
+def options_for(backend: str) -> dict[str, Any]:
+    """How all kernels are compiled. Contraction is off, so that the interpreter computes what the GPU does.
+
+    Without a number of registers that is allowed ptxas would rather spill a little than be above the 128 with which two
+    programs fit a multiprocessor.
+    """
+    options = {"num_warps": 8, "enable_fp_fusion": False}
+    return options | {"maxnreg": 255} if backend == "cuda" else options
+
+
+OPTIONS = options_for("hip" if torch.version.hip else "cuda")
+
+
 class Blocks(NamedTuple):
-    """How many elements a program works on, and with how many warps."""
+    """How many elements a program works on."""
 
     tile: int
     held: int
@@ -27,7 +40,6 @@ class Blocks(NamedTuple):
     height: int
     width: int
     """Rows and columns of a strip."""
-    warps: int
 
 
 class Variant(NamedTuple):
@@ -41,20 +53,11 @@ class Variant(NamedTuple):
 
     @property
     def blocks(self) -> Blocks:
-        """Chosen so that nothing spills, with 16 bytes for each thread where registers allow it.
+        """16 bytes of the shortest type for each of 256 threads; of fp64 half as many elements."""
+        return Blocks(1024, 4, 32, 32) if self.dtypes[0] == "float64" else Blocks(2048, 8, 64, 32)
 
-        What a thread holds decides: 16 elements; 8 where there are three states, four sums, or an address for each
-        element; half of these in fp64. Some kernels that walk have more warps, for ptxas would rather spill a little
-        than be above the 128 registers with which two blocks of 8 warps fit a multiprocessor.
-        """
-        double = self.dtypes[0] == "float64"
-        warps = 16 if self.walk and (double if self.slots > 1 else self.measure) else 8
-        if self.slots == 3 or self.measure or self.walk:
-            return Blocks(1024, 4, 16, 32, warps) if double else Blocks(2048, 4, 32, 32, warps)
-        return Blocks(2048, 2, 32, 32, warps) if double else Blocks(4096, 4, 64, 32, warps)
-
-    def step(self) -> tuple[Any, dict[str, Any], int]:
-        """The kernel of the step, its constants and its warps."""
+    def step(self) -> tuple[Any, dict[str, Any]]:
+        """The kernel of the step and its constants."""
         rule, blocks = RULES[self.rule], self.blocks
         constants = {
             "PREPARE": rule.prepare,
@@ -68,14 +71,14 @@ class Variant(NamedTuple):
             "HEIGHT": blocks.height,
             "WIDTH": blocks.width,
         }
-        return kernels.step_kernel, constants, blocks.warps
+        return kernels.step_kernel, constants
 
-    def finish(self) -> tuple[Any, dict[str, Any], int]:
+    def finish(self) -> tuple[Any, dict[str, Any]]:
         """The kernel that makes factors of partial sums."""
         constants = {"COMPUTE": self._compute, "MEASURE": self.measure}
-        return kernels.finish_kernel, constants | {"HEIGHT": FINISH_HEIGHT, "WIDTH": FINISH_WIDTH}, 8
+        return kernels.finish_kernel, constants | {"HEIGHT": FINISH_HEIGHT, "WIDTH": FINISH_WIDTH}
 
-    def project(self) -> tuple[Any, dict[str, Any], int]:
+    def project(self) -> tuple[Any, dict[str, Any]]:
         """The kernel that scales what fitted no tile."""
         blocks = self.blocks
         constants = {
@@ -88,7 +91,7 @@ class Variant(NamedTuple):
             "HEIGHT": blocks.height,
             "WIDTH": blocks.width,
         }
-        return kernels.project_kernel, constants, blocks.warps
+        return kernels.project_kernel, constants
 
     @property
     def _compute(self) -> tl.dtype:
@@ -104,40 +107,39 @@ _compiled: set[tuple[Variant, bool, torch.device]] = set()
 
 
 def compile_once(variant: Variant, table: Tensor, tiles: tuple[int, int, int]) -> None:
-    """Compiles what a table is launched with. Failures then come before the first launch."""
+    """Compiles what a table is launched with, and loads it. Failures then come before the first launch."""
     known = variant, tiles[2] > 0, table.device
     if known in _compiled:
         return
     with _current(table.device):
-        for kernel, _, constants, warps in _launches(variant, tiles):
-            kernel.warmup(table, **constants, num_warps=warps, enable_fp_fusion=False, grid=(1,))
+        for kernel, _, constants in _launches(variant, tiles):
+            compiled = kernel.warmup(table, **constants, **OPTIONS, grid=(1,))
+            if table.device.type == "cuda" and hasattr(compiled, "_init_handles"):
+                compiled._init_handles()  # else Triton would load it when it is launched
     _compiled.add(known)
 
 
 def launch(variant: Variant, table: Tensor, tiles: tuple[int, int, int]) -> None:
     """The launches of one table, in its device's current stream."""
     with _current(table.device):
-        for kernel, programs, constants, warps in _launches(variant, tiles):
-            run(kernel, programs, table, constants, warps)
+        for kernel, programs, constants in _launches(variant, tiles):
+            run(kernel, programs, table, constants)
 
 
-def run(kernel: Any, programs: int, table: Tensor, constants: dict[str, Any], warps: int) -> None:
-    """One launch: the seam where a test puts a stub to look at the host side alone.
-
-    Contraction is off, so that the interpreter computes what the GPU does.
-    """
-    kernel[(programs,)](table, **constants, num_warps=warps, enable_fp_fusion=False)
+def run(kernel: Any, programs: int, table: Tensor, constants: dict[str, Any]) -> None:
+    """One launch: the seam where a test puts a stub to look at the host side alone."""
+    kernel[(programs,)](table, **constants, **OPTIONS)
 
 
-def _launches(variant: Variant, tiles: tuple[int, int, int]) -> Iterator[tuple[Any, int, dict[str, Any], int]]:
-    """Kernels, programs, constants and warps. The step is launched without tiles too: it advances the step counts."""
-    kernel, constants, warps = variant.step()
-    yield kernel, max(1, tiles[0]), constants, warps
+def _launches(variant: Variant, tiles: tuple[int, int, int]) -> Iterator[tuple[Any, int, dict[str, Any]]]:
+    """Kernels, programs and constants. The step is launched without tiles too: it advances the step counts."""
+    kernel, constants = variant.step()
+    yield kernel, max(1, tiles[0]), constants
     if tiles[2]:
-        kernel, constants, warps = variant.finish()
-        yield kernel, tiles[1], constants, warps
-        kernel, constants, warps = variant.project()
-        yield kernel, tiles[2], constants, warps
+        kernel, constants = variant.finish()
+        yield kernel, tiles[1], constants
+        kernel, constants = variant.project()
+        yield kernel, tiles[2], constants
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

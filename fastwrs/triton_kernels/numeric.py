@@ -70,7 +70,7 @@ def raise_to(base, exponent):
     power = power.to(base.dtype)
     whole = coarse * power  # exact: few bits times few bits
     rest = (exponent - coarse) * power + exponent * tl.log2(mantissa)
-    steps = tl.floor(whole)
+    steps = tl.floor(whole + rest)  # of the result: that of `whole` alone may be far from it
     return tl.exp2(steps) * tl.exp2((whole - steps) + rest)
 
 

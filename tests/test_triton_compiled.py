@@ -1,0 +1,176 @@
+"""What Triton makes of its kernels, for an NVIDIA and an AMD GPU: nothing spills, aligned memory is moved 16 bytes at a
+time, nothing computes in fp64 that need not. Each check is seen to fail on kernels that are broken on purpose.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import triton_code
+from mutants import ROOT, Mutant
+from triton_code import Compiler, Kernel, Row
+
+pytestmark = pytest.mark.triton_compiled
+TARGETS = ("sm_90", "gfx942")
+EVERY_KERNEL = triton_code.every_kernel()
+ON_THE_PAGE = ROOT / "docs/triton.md"
+
+ADDRESS = """        at = tl.multiple_of(at, 16)
+        array_start = at.to(tl.pointer_type(KIND))
+        return tl.multiple_of(array_start, 16) + start"""
+ADDRESS_WITHOUT = "        return at.to(tl.pointer_type(KIND)) + start"
+
+
+def _kernels(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "fastwrs/triton_kernels/kernels.py", old, new)
+
+
+# Faults, the kernel that each is compiled in, and a pattern of what has to be said of it.
+FLOATS = ("float32", "float32", "float32")
+PLAIN = Kernel("step", "sgd", 0, FLOATS, False, False)
+HELD = Kernel("step", "adam", 2, FLOATS, False, False)
+BROKEN = (
+    (_kernels("no hint at addresses", ADDRESS, ADDRESS_WITHOUT), PLAIN, r": 0\+0 vectors"),
+    (_kernels("no hint at offsets", "start // VECTOR * VECTOR + within", "start + within"), PLAIN, r": 0\+0 vectors"),
+    (_kernels("no hint at counts", "count = count // VECTOR * VECTOR", "pass"), PLAIN, r": 4\+4 vectors"),
+    (_kernels("no hint at units", "unit = unit // VECTOR * VECTOR", "pass"), PLAIN, r": 4\+4 vectors"),
+    (_kernels("no barrier", "    tl.debug_barrier()", "    pass"), PLAIN, "no barrier before the ticket"),
+    (
+        _kernels("no such name", "new = after.to(TYPES[0])\n    stored", "new = afterwards\n    stored"),
+        PLAIN,
+        "does not compile: .*afterwards",
+    ),
+    (
+        Mutant(
+            "a product in fp64",
+            "fastwrs/triton_kernels/rules.py",
+            "return w - lr * u, u",
+            "return (w.to(tl.float64) - lr.to(tl.float64) * u).to(tl.float32), u",
+        ),
+        PLAIN,
+        r"computes in fp64: .*(DADD|v_add_f64)",
+    ),
+    (
+        Mutant(
+            "too large tiles",
+            "fastwrs/triton_kernels/launch.py",
+            "else Blocks(2048, 8, 64, 32)",
+            "else Blocks(8192, 8, 64, 32)",
+        ),
+        HELD,
+        r": \d+ spills, \d+ bytes of stack",
+    ),
+)
+
+
+class Builds:
+    """What is compiled once for all tests."""
+
+    def __init__(self, compiler: Compiler, folder: Path) -> None:
+        self.broken: dict[tuple[str, str], Future[Row]] = {}
+        for mutant, kernel, _ in BROKEN:
+            sources = self.planted(mutant, folder / mutant.name.replace(" ", "_"))
+            for target in TARGETS:
+                (self.broken[mutant.name, target],) = compiler.submit([kernel], target, sources)
+        self.sound = {target: compiler.submit(EVERY_KERNEL, target) for target in TARGETS}
+
+    @staticmethod
+    def planted(mutant: Mutant, folder: Path) -> Path:
+        """A copy of the kernels with a fault."""
+        shutil.copytree(ROOT / "fastwrs/triton_kernels", folder / "fastwrs/triton_kernels")
+        path = folder / mutant.file
+        text = path.read_text(encoding="utf-8")
+        count = text.count(mutant.old)
+        assert count == 1, f"the list of faults is out of date: {mutant.old!r} is {count} times in {mutant.file}"
+        path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        return folder
+
+    def rows(self, target: str) -> list[Row]:
+        return [future.result() for future in self.sound[target]]
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builds]:
+    with triton_code.compiler() as compiler:
+        yield Builds(compiler, tmp_path_factory.mktemp("broken"))
+
+
+everywhere = pytest.mark.parametrize("target", TARGETS)
+
+
+@everywhere
+def test_every_kernel_is_there(builds: Builds, target: str) -> None:
+    """So that the other tests do not pass because they saw nothing."""
+    rows = builds.rows(target)
+    assert [row.kernel for row in rows] == EVERY_KERNEL
+    assert [f"{row}: {row.error}" for row in rows if row.error] == []
+    assert all(row.registers for row in rows)
+    # of each rule with each number of states: six triples of dtypes, norms measured or not, strided or not
+    steps = [(kernel.rule, kernel.slots) for kernel in EVERY_KERNEL if kernel.kind == "step"]
+    assert {step: steps.count(step) for step in steps} == dict.fromkeys(
+        [("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3)], 24
+    )
+
+
+@everywhere
+def test_no_spills(builds: Builds, target: str) -> None:
+    assert [fault for row in builds.rows(target) for fault in triton_code.spills(row)] == []
+
+
+@everywhere
+def test_memory_is_moved_in_16_bytes(builds: Builds, target: str) -> None:
+    rows = builds.rows(target)
+    assert [fault for row in rows for fault in triton_code.narrow_accesses(row)] == []
+    # Plain fp32 has 16 bytes for every thread: what is asked for is not nothing.
+    arrays = [row for row in rows if row.kernel.kind == "step" and row.kernel.dtypes == FLOATS and row.needed.loads]
+    assert len(arrays) == 8
+
+
+@everywhere
+def test_steps_are_advanced_after_all_have_read_them(builds: Builds, target: str) -> None:
+    assert [fault for row in builds.rows(target) for fault in triton_code.unordered(row)] == []
+
+
+@everywhere
+def test_no_fp64_but_for_fp64(builds: Builds, target: str) -> None:
+    rows = builds.rows(target)
+    assert [fault for row in rows for fault in triton_code.doubles(row)] == []
+    # What looks for it would find it.
+    assert all(row.doubles for row in rows if row.kernel.dtypes[0] == "float64")
+
+
+def _columns(cells: list[tuple[str, ...]]) -> dict[str, dict[str, str]]:
+    # Of each line of a table its cells, by the names of the columns.
+    head, *body = cells
+    return {line[0]: dict(zip(head, line, strict=True)) for line in body}
+
+
+def test_the_table_in_the_docs_is_up_to_date(builds: Builds) -> None:
+    """`make sass` writes it. It names every variant; another Triton makes other code."""
+    text = ON_THE_PAGE.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.*) \|$", text, re.MULTILINE)
+    written = _columns([tuple(row.split(" | ")) for row in rows if not row.startswith("---")])
+    assert list(written) == list(dict.fromkeys(kernel.line for kernel in EVERY_KERNEL))
+    assert all(set(triton_code.TARGETS) < set(cells) for cells in written.values())
+    if f"Triton {triton_code.version()} " in text:
+        found = _columns(triton_code.table([row for target in TARGETS for row in builds.rows(target)]))
+        names = ("kernel", *TARGETS)
+        assert [[cells[name] for name in names] for cells in written.values()] == [
+            [cells[name] for name in names] for cells in found.values()
+        ]
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ("mutant", "kernel", "said"), BROKEN, ids=[mutant.name.replace(" ", "_") for mutant, *_ in BROKEN]
+)
+def test_a_broken_kernel_is_caught(builds: Builds, mutant: Mutant, kernel: Kernel, said: str, target: str) -> None:
+    (sound,) = (row for row in builds.rows(target) if row.kernel == kernel)
+    faults = triton_code.faults(builds.broken[mutant.name, target].result())
+    assert any(re.search(said, fault) for fault in faults), faults
+    assert triton_code.faults(sound) == []
