@@ -39,8 +39,8 @@ triton-full: $(BUILT) $(VENV)/.tools
 	rm -f docs/triton-full.log
 	failed=0; for at in $(OLD_TRITON_AT) ''; do \
 		PYTHONPATH=$$at $(VENV)/bin/python tests/triton_code.py --log docs/triton-full.log || failed=1; \
-		said=$$(PYTHONPATH=$$at $(VENV)/bin/pytest -q -m interpreted) || failed=1; \
-		echo "  pytest -m interpreted: $$(echo "$$said" | tail -n 1)" >> docs/triton-full.log; \
+		said=$$(PYTHONPATH=$$at TRITON_INTERPRET=1 $(VENV)/bin/pytest -q -n 2 tests/test_interpreted.py) || failed=1; \
+		echo "  pytest tests/test_interpreted.py: $$(echo "$$said" | tail -n 1)" >> docs/triton-full.log; \
 	done; exit $$failed
 
 # On a machine with a GPU and no network: nothing is installed, so this Python has to have torch. See bench/README.md.

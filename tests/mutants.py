@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ from unittest import mock
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
+PATCHING = threading.Lock()
 LOADED, PASSED = "the extension under test is loaded", "all tests passed"
 
 
@@ -170,11 +172,12 @@ def build(folder: Path, mutant: Mutant | None = None, **environment: str) -> str
         if (count := text.count(mutant.old)) != 1:
             return f"the list of mutants is out of date: {mutant.old!r} is {count} times in {mutant.file}"
         path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-    setup = setup_module(folder)
     settings = {"FASTWRS_CUDA": "0", **environment}
-    with mock.patch.object(setup, "is_x86", return_value=False), mock.patch.dict(os.environ, settings):
-        target = folder / "lib/fastwrs/_C.abi3.so"
-        rules = setup.ninja_file(setup.find_compiler(), setup.find_torch(), target)
+    with PATCHING, mock.patch.dict(os.environ, settings):  # one at a time: others patch the same
+        setup = setup_module(folder)
+        with mock.patch.object(setup, "is_x86", return_value=False):
+            target = folder / "lib/fastwrs/_C.abi3.so"
+            rules = setup.ninja_file(setup.find_compiler(), setup.find_torch(), target)
     objects = folder / "objects"
     objects.mkdir(exist_ok=True)
     rules = re.sub("-O[13]( -g)?", "-O0", rules.replace(str(folder.resolve()), ".."))

@@ -9,16 +9,21 @@ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer. A lane over 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZED, EMULATED = ROOT / "build" / "sanitize", ROOT / "build" / "emulated"
+PRINTING = threading.Lock()
 COMPILER = next(filter(shutil.which, (*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++")), None)
 
 
@@ -32,7 +37,26 @@ class Lane:
 
 
 def call(*command: str | Path, **environment: str) -> int:
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=False).returncode
+    return call_in(ROOT, *command, **environment)
+
+
+def call_in(folder: Path, *command: str | Path, **environment: str) -> int:
+    """The exit status of a command. What it prints comes at once, or when it has ended if others run beside it."""
+    beside = threading.current_thread() is not threading.main_thread()
+    stdout, stderr = (subprocess.PIPE, subprocess.STDOUT) if beside else (None, None)
+    env = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=folder, env=env, stdout=stdout, stderr=stderr, check=False)
+    if beside:
+        with PRINTING:
+            print(done.stdout.decode(errors="replace"), end="", flush=True)
+    return done.returncode
+
+
+def side_by_side(*parts: Callable[[], int]) -> int:
+    """Runs parts of a lane, two at a time and in this order, all of them whichever fails; 0 if none does."""
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(lambda part: part(), parts))
+    return int(any(codes))
 
 
 def output(*command: str | Path) -> str:
@@ -40,8 +64,23 @@ def output(*command: str | Path) -> str:
 
 
 def pytest_(markers: str, *arguments: str, **environment: str) -> int:
+    """Runs the tests that the markers select, in the files that are given, or in all."""
+    named = any(argument.startswith("tests/") for argument in arguments)
+    files = () if named else files_with(markers.split()[0])
     # Not `python -m pytest`: it would put the working tree before PYTHONPATH.
-    return call(Path(sys.executable).parent / "pytest", "-q", "-m", markers, *arguments, **environment)
+    return call(Path(sys.executable).parent / "pytest", "-q", "-m", markers, *arguments, *files, **environment)
+
+
+def files_with(marker: str) -> list[str]:
+    """The files that name a marker, none for `not`. To import the others takes longer than some lanes."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(file) for file in files if re.search(rf"\bmark\.{marker}\b", file.read_text(encoding="utf-8"))]
+
+
+def pytest_on_two_cores(markers: str, *arguments: str, **environment: str) -> int:
+    # torch's threads would otherwise spin while they wait, and keep the other process from its core.
+    environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    return pytest_(markers, "-n", "2", "--dist", "worksteal", *arguments, **environment)
 
 
 def lint() -> int:
@@ -75,7 +114,7 @@ def build(source: Path, lib: Path, objects: Path, **environment: str) -> int:
     arguments = ("build_py", "--build-lib", lib, "build_ext", "--build-lib", lib, "--build-temp", objects)
     command = [sys.executable, "setup.py", "-q", *arguments]
     settings = {"FASTWRS_CPU": "1", "FASTWRS_CUDA": "0", **environment}
-    return subprocess.run(command, cwd=source, env={**os.environ, **settings}, check=False).returncode
+    return call_in(source, *command, **settings)
 
 
 def sanitizers() -> int:
@@ -85,7 +124,7 @@ def sanitizers() -> int:
     if b"__asan_report" not in (SANITIZED / "lib" / "fastwrs" / "_C.abi3.so").read_bytes():
         print("the extension was built without AddressSanitizer", file=sys.stderr)
         return 1
-    return pytest_("cpu", "tests/test_cpu.py", PYTHONPATH=str(SANITIZED / "lib"), **sanitizer_environment())
+    return pytest_on_two_cores("cpu", "tests/test_cpu.py", PYTHONPATH=str(SANITIZED / "lib"), **sanitizer_environment())
 
 
 def build_emulated(source: Path, sanitizer: str) -> None:
@@ -100,34 +139,27 @@ def emulated_environment(source: Path, sanitizer: str) -> dict[str, str]:
     return {"PYTHONPATH": str(source / "build" / "lib"), **(sanitizer_environment(sanitizer) if sanitizer else {})}
 
 
+def emulated_variant(sanitizer: str) -> int:
+    folder = EMULATED / (sanitizer or "plain")
+    environment = {"FASTWRS_EMULATED": "1", **({"FASTWRS_SANITIZE": sanitizer} if sanitizer else {})}
+    if build(ROOT, folder / "build" / "lib", folder / "build" / "objects", **environment):
+        return 1
+    environment = emulated_environment(folder, sanitizer)
+    if sanitizer != "thread":
+        return pytest_("emulated", **environment)
+    codes = [call(sys.executable, "tests/emulated.py", threads, **environment) for threads in ("64", "256")]
+    return int(any(codes))
+
+
 def emulated() -> int:
     """The CUDA kernels in the emulator: plain, under AddressSanitizer, and under ThreadSanitizer in two block sizes."""
-    failed = 0
-    for sanitizer in ("", "address", "thread"):
-        folder = EMULATED / (sanitizer or "plain")
-        environment = {"FASTWRS_EMULATED": "1", **({"FASTWRS_SANITIZE": sanitizer} if sanitizer else {})}
-        if build(ROOT, folder / "build" / "lib", folder / "build" / "objects", **environment):
-            return 1
-        environment = emulated_environment(folder, sanitizer)
-        if sanitizer == "thread":
-            for threads in ("64", "256"):
-                failed |= call(sys.executable, "tests/emulated.py", threads, **environment)
-        else:
-            failed |= pytest_("emulated", **environment)
-    return failed
+    return side_by_side(*(partial(emulated_variant, sanitizer) for sanitizer in ("address", "thread", "")))
 
 
 def interpreted() -> int:
-    """The Triton kernels in the interpreter, cases shared by two processes; then kernels broken on purpose."""
-    command = [Path(sys.executable).parent / "pytest", "-q", "-m", "interpreted", "tests/test_interpreted.py"]
-    several = [
-        subprocess.Popen(
-            [*command, *only], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1", "INTERPRETED_PART": part}
-        )
-        for part, only in (("0/2", ()), ("1/2", ("-k", "test_step or test_norms_of")))
-    ]
-    failed = max([abs(process.wait()) for process in several])
-    return failed or pytest_("interpreted", "tests/test_interpreted_control.py")
+    """The Triton kernels in the interpreter; then kernels broken on purpose."""
+    cases = pytest_on_two_cores("interpreted", "tests/test_interpreted.py", TRITON_INTERPRET="1")
+    return cases or pytest_("interpreted", "tests/test_interpreted_control.py")
 
 
 OTHERS = (
@@ -137,8 +169,8 @@ OTHERS = (
 LANES = (
     Lane("lint", 60, lint),
     Lane("oracle", 60, lambda: pytest_("oracle")),
-    Lane("cpu", 180, lambda: pytest_("cpu and not negative_control")),
-    Lane("house", 90, lambda: pytest_(f"not ({OTHERS})")),
+    Lane("cpu", 180, lambda: pytest_on_two_cores("cpu and not negative_control")),
+    Lane("house", 90, lambda: pytest_on_two_cores(f"not ({OTHERS})")),
     Lane("sanitizers", 240, sanitizers),
     Lane("negative control", 300, lambda: pytest_("negative_control")),
     Lane("emulated", 420, emulated),

@@ -1,13 +1,11 @@
 """Lane 5: the Triton kernels in Triton's interpreter against the oracle; bytes and launches, counted.
 
-In a process of its own, since Triton decides when it is imported. ``INTERPRETED_PART=0/2`` runs every second case, so
-that two processes share them.
+In processes of its own, since Triton decides when it is imported.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +23,6 @@ from fastwrs.plan import StepCall
 
 pytestmark = pytest.mark.interpreted
 TRITON = interpreted.TRITON
-PART, PARTS = map(int, os.environ.get("INTERPRETED_PART", "0/1").split("/"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +34,7 @@ def _interpreter() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("case", interpreted.CASES[PART::PARTS], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", interpreted.CASES, ids=lambda case: case.id)
 def test_step(case: Case) -> None:
     interpreted.counts()
     interpreted.check(case)
@@ -47,7 +44,7 @@ def test_step(case: Case) -> None:
 LENGTHS = [7, 1023, 1024, 2049, 4096, 4608, 16384, 16385, 50001]
 
 
-@pytest.mark.parametrize("length", LENGTHS[PART::PARTS])
+@pytest.mark.parametrize("length", LENGTHS)
 def test_norms_of_equal_elements(length: int) -> None:
     """The worst case for a running sum, also of gradients: they are zero, so that elements stay equal."""
     tensor = TensorCase((2, length), "out", data="const")

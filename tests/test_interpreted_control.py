@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import interpreted_copy
 import pytest
 from interpreted import PASSED
 
@@ -31,6 +30,8 @@ class Mutant(NamedTuple):
     old: str
     new: str
     message: str = ""
+    what: str = "cases"
+    """The part of the tests that it faces."""
 
 
 MUTANTS = (
@@ -53,19 +54,19 @@ MUTANTS = (
     Mutant("no bias correction of the second", RULES, "quotient(1.0, square_root(correction2))", "quotient(1.0, 1.0 + 0 * square_root(correction2))"),
     Mutant("too few terms of a series", NUMERIC, "18 if log_base.dtype == tl.float64 else 10", "18 if log_base.dtype == tl.float64 else 2"),
     Mutant("Nesterov without the gradient", RULES, "g + momentum * s0, s0)\n    return w - lr", "momentum * s0, s0)\n    return w - lr"),
-    Mutant("only the first partial sums", KERNELS, "first += HEIGHT * lanes", "first += row_tiles", "sums are off"),
-    Mutant("rounding of partial sums lost", KERNELS, "other=0) - lost", "other=0)", "equal parts"),
-    Mutant("an infinite part spoils the rest", KERNELS, "lost = tl.where(is_finite(new), (new - total) - x, 0)", "lost = (new - total) - x", "infinite part"),
+    Mutant("only the first partial sums", KERNELS, "first += HEIGHT * lanes", "first += row_tiles", "sums are off", "functions"),
+    Mutant("rounding of partial sums lost", KERNELS, "other=0) - lost", "other=0)", "equal parts", "functions"),
+    Mutant("an infinite part spoils the rest", KERNELS, "lost = tl.where(is_finite(new), (new - total) - x, 0)", "lost = (new - total) - x", "infinite part", "functions"),
     Mutant("sums of all tensors in one place", KERNELS, "workspace = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(entry + words.PARTIAL_AT)", "workspace = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE))"),
     Mutant("a held tile written over", KERNELS, "new = new + (tl.where(k == j, x, held[j]),)", "new = new + (tl.where(k >= j, x, held[j]),)"),
     Mutant("the gradient stays scaled", KERNELS, "        tl.store(g, grad.to(TYPES[1]), mask)\n", ""),
     Mutant("rescaled with a learning rate of 0", NORMS, "grouped & (lr != 0) & (every > 0)", "grouped & (every > 0)"),
     Mutant("rescaled after the window", NORMS, " & (t < tl.load(control + words.STOP))", ""),
-    Mutant("ties of a learning rate not to even", NUMERIC, " + ((magnitude >> 29) & 1)", "", "what is right"),
-    Mutant("a power that leaves the range", NUMERIC, "steps = tl.floor(whole + rest)", "steps = tl.floor(whole)", "are allowed"),
+    Mutant("ties of a learning rate not to even", NUMERIC, " + ((magnitude >> 29) & 1)", "", "what is right", "functions"),
+    Mutant("a power that leaves the range", NUMERIC, "steps = tl.floor(whole + rest)", "steps = tl.floor(whole)", "are allowed", "functions"),
     Mutant("columns mixed up", KERNELS, "return mine == col", "return mine >= col"),
 )  # fmt: skip
-UNBROKEN = Mutant("nothing", KERNELS, "", "")
+UNBROKEN = Mutant("nothing", KERNELS, "", "", what="")
 
 
 class Control:
@@ -86,23 +87,14 @@ class Control:
             text = path.read_text(encoding="utf-8")
             assert text.count(mutant.old) == 1, f"{mutant.name}: {text.count(mutant.old)} places in {mutant.file}"
             path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-        environment = {**os.environ, "PYTHONPATH": str(copy), "TRITON_INTERPRET": "1"}
-        done = subprocess.run(
-            [sys.executable, ROOT / "tests" / "interpreted.py"],
-            cwd=copy,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        said = interpreted_copy.run(copy, mutant.what)
         shutil.rmtree(copy)
-        return f"{done.stdout}\nexit status {done.returncode}"
+        return said
 
 
 @pytest.fixture(scope="module")
 def control(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Control]:
+    os.environ["TRITON_INTERPRET"] = "1"  # for the processes
     selected = [getattr(item, "callspec", None) for item in request.session.items]
     mutants = [spec.params["mutant"] for spec in selected if spec and "mutant" in spec.params]
     control = Control(tmp_path_factory.mktemp("interpreted").resolve(), mutants)

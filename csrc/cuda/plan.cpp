@@ -87,7 +87,9 @@ class Cutter {
       throw std::runtime_error("fastwrs: a tensor has more than 2^32 norm groups side by side");
     const int64_t held_bytes = std::min(limits_.shared_per_block, limits_.held_bytes);
     if (unit * int64_t(sizeof(C)) <= held_bytes) {
-      const int64_t units = units_per_tile(g, need);
+      // Sums of many small groups take more than their elements: fewer then, rather than a block for each group.
+      int64_t units = units_per_tile(g, need);
+      while (units > 1 && !fits(cut, units * g.cols, units * unit, need, true, held_bytes)) units /= 2;
       if (fits(cut, units * g.cols, units * unit, need, true, held_bytes)) {
         cut.kind = TileKind::kUnits;
         cut.tile = units;
