@@ -255,6 +255,9 @@ CASES = [
         for project in ("rescale", "every3", "shrink")
     ),
     _long_columns((2, 1821, 9), "sgd.nesterov", "c", "rescale"),
+    # As many groups as are held, and one more.
+    _long_columns((2, 150, 16), "sgd", "c", "rescale"),
+    _long_columns((2, 150, 17), "sgd", "c", "rescale"),
     _long_columns((2, 1001, 7), "sgd", "c", "rescale2.5"),
     # Sums of several tensors share the workspace.
     *(

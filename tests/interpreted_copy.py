@@ -28,7 +28,10 @@ def _main(copy: str, said: str, what: str) -> None:
 
 
 def run(copy: Path, what: str) -> str:
-    """What it says, with its exit status. The environment must have TRITON_INTERPRET=1 before the first call."""
+    """What it says, with its exit status; TimeoutError if it hangs.
+
+    The environment must have TRITON_INTERPRET=1 before the first call.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SHARED)
     said = copy.with_suffix(".txt")
@@ -37,5 +40,5 @@ def run(copy: Path, what: str) -> str:
     process.join(300)
     if process.is_alive():
         process.kill()
-        process.join()
+        raise TimeoutError(f"{copy.name} has not ended: {said.read_text(encoding='utf-8')}")
     return f"{said.read_text(encoding='utf-8')}\nexit status {process.exitcode}"

@@ -54,9 +54,16 @@ def call_in(folder: Path, *command: str | Path, **environment: str) -> int:
 
 def side_by_side(*parts: Callable[[], int]) -> int:
     """Runs parts of a lane, two at a time and in this order, all of them whichever fails; 0 if none does."""
+
+    def code_of(part: Callable[[], int]) -> int:
+        try:
+            return part()
+        except RuntimeError as error:  # a build
+            print(error, file=sys.stderr)
+            return 1
+
     with ThreadPoolExecutor(2) as pool:
-        codes = list(pool.map(lambda part: part(), parts))
-    return int(any(codes))
+        return int(any(list(pool.map(code_of, parts))))
 
 
 def output(*command: str | Path) -> str:
@@ -127,11 +134,13 @@ def sanitizers() -> int:
     return pytest_on_two_cores("cpu", "tests/test_cpu.py", PYTHONPATH=str(SANITIZED / "lib"), **sanitizer_environment())
 
 
-def build_emulated(source: Path, sanitizer: str) -> None:
-    """Builds the package with emulated CUDA kernels into ``build/lib`` below the source."""
+def build_emulated(sanitizer: str) -> Path:
+    """Builds the package with emulated CUDA kernels, or brings it up to date, and returns where it is."""
+    folder = EMULATED / (sanitizer or "plain") / "build"
     environment = {"FASTWRS_EMULATED": "1", **({"FASTWRS_SANITIZE": sanitizer} if sanitizer else {})}
-    if build(source, source / "build" / "lib", source / "build" / "objects", **environment):
+    if build(ROOT, folder / "lib", folder / "objects", **environment):
         raise RuntimeError("the emulated kernels do not build")
+    return folder
 
 
 def emulated_environment(source: Path, sanitizer: str) -> dict[str, str]:
@@ -140,11 +149,7 @@ def emulated_environment(source: Path, sanitizer: str) -> dict[str, str]:
 
 
 def emulated_variant(sanitizer: str) -> int:
-    folder = EMULATED / (sanitizer or "plain")
-    environment = {"FASTWRS_EMULATED": "1", **({"FASTWRS_SANITIZE": sanitizer} if sanitizer else {})}
-    if build(ROOT, folder / "build" / "lib", folder / "build" / "objects", **environment):
-        return 1
-    environment = emulated_environment(folder, sanitizer)
+    environment = emulated_environment(build_emulated(sanitizer).parent, sanitizer)
     if sanitizer != "thread":
         return pytest_("emulated", **environment)
     codes = [call(sys.executable, "tests/emulated.py", threads, **environment) for threads in ("64", "256")]

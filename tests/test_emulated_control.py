@@ -6,6 +6,7 @@ Every barrier is removed in turn, which also shows that no kernel has one too ma
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS, TILES = "csrc/cuda/kernels.cuh", "csrc/cuda/tiles.cuh"
 PLAN = "csrc/cuda/plan.cpp"
 NEIGHBOUR = "(unit ? unit - 1 : 0)"
-OBJECTS = ("kernels_0.o", "kernels_2.o", "cuda_plan.o")  # the triples of emulated.small_cases
+OBJECTS = ("kernels_0.o", "kernels_2.o"), ("cuda_plan.o",)  # the triples of emulated.small_cases; what the host does
 THREADS = "64"
 
 
@@ -91,13 +92,11 @@ class Control:
             self.verdicts[mutant] = self.pool.submit(self.verdict, mutant, len(self.verdicts))
 
     def base(self, thread_sanitizer: bool) -> Path:
-        """The sources, and a build without a fault."""
-        folder = self.folder / ("thread" if thread_sanitizer else "plain")
-        for part in ("csrc", "fastwrs", "tests/emulation", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
-            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
-            (folder / part).parent.mkdir(parents=True, exist_ok=True)
-            copy(ROOT / part, folder / part)
-        run_lanes.build_emulated(folder, "thread" if thread_sanitizer else "")
+        """The sources, and a build without a fault: that of the emulated lane, brought up to date."""
+        sanitizer = "thread" if thread_sanitizer else ""
+        folder = self.folder / (sanitizer or "plain")
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        shutil.copytree(run_lanes.build_emulated(sanitizer), folder / "build")
         return folder
 
     def verdict(self, mutant: Mutant, number: int) -> str:
@@ -109,10 +108,8 @@ class Control:
         text = source.read_text(encoding="utf-8")
         assert not mutant.old or text.count(mutant.old) == 1, f"{mutant.file} has it {text.count(mutant.old)} times"
         source.write_text(text.replace(mutant.old, mutant.new) if mutant.old else text, encoding="utf-8")
-        for command in self.commands(folder):
-            subprocess.run(
-                command.replace(str(base), str(folder)), shell=True, cwd=folder / "build/objects", check=True
-            )
+        for command in self.commands(folder, mutant):
+            subprocess.run(command, shell=True, cwd=folder / "build/objects", check=True)
         environment = run_lanes.emulated_environment(folder, "thread" if mutant.thread_sanitizer else "")
         command = [sys.executable, ROOT / "tests/emulated.py", THREADS if mutant.thread_sanitizer else "256"]
         done = subprocess.run(
@@ -123,16 +120,16 @@ class Control:
         return said if done.returncode else said + "\nexit status 0"
 
     @staticmethod
-    def commands(folder: Path) -> Iterator[str]:
-        """How ninja would compile the objects, and link."""
+    def commands(folder: Path, mutant: Mutant) -> Iterator[str]:
+        """How ninja would compile the objects with the fault, and link; without optimisation, which takes longer."""
         ninja = [sys.executable, "-m", "ninja", "-t", "commands"]
-        for target in ([name] for name in OBJECTS):
+        built = run_lanes.EMULATED / ("thread" if mutant.thread_sanitizer else "plain") / "build"
+        for target in (*([name] for name in OBJECTS[mutant.file == PLAN]), []):
             listed = subprocess.run(
                 [*ninja, *target], cwd=folder / "build/objects", capture_output=True, text=True, check=True
             )
-            yield listed.stdout.splitlines()[-1]
-        listed = subprocess.run(ninja, cwd=folder / "build/objects", capture_output=True, text=True, check=True)
-        yield listed.stdout.splitlines()[-1]
+            command = listed.stdout.splitlines()[-1].replace(str(built), str(folder / "build"))
+            yield re.sub(r" -O[123]\b", " -O0", command.replace(f"{ROOT}/csrc", f"{folder}/csrc"))
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)

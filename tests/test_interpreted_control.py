@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -94,12 +93,13 @@ class Control:
 
 @pytest.fixture(scope="module")
 def control(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Control]:
-    os.environ["TRITON_INTERPRET"] = "1"  # for the processes
     selected = [getattr(item, "callspec", None) for item in request.session.items]
     mutants = [spec.params["mutant"] for spec in selected if spec and "mutant" in spec.params]
-    control = Control(tmp_path_factory.mktemp("interpreted").resolve(), mutants)
-    yield control
-    control.pool.shutdown(cancel_futures=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")  # for the processes
+        control = Control(tmp_path_factory.mktemp("interpreted").resolve(), mutants)
+        yield control
+        control.pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("mutant", [UNBROKEN], ids=lambda mutant: mutant.name)
@@ -113,4 +113,5 @@ def test_caught(control: Control, mutant: Mutant) -> None:
     said = control.verdicts[mutant].result()
     print("\n".join(said.splitlines()[-40:]))
     assert not said.endswith("exit status 0"), "this mutant survives: the lane has a hole"
+    assert said.endswith("exit status 1"), "it did not fail by a test"
     assert mutant.message in said

@@ -60,7 +60,7 @@ BROKEN = (
             "too large tiles",
             "fastwrs/triton_kernels/launch.py",
             "else Blocks(2048, 8, 64, 32)",
-            "else Blocks(8192, 8, 64, 32)",
+            "else Blocks(4096, 8, 128, 32)",
         ),
         HELD,
         r": \d+ spills, \d+ bytes of stack",
@@ -68,15 +68,23 @@ BROKEN = (
 )
 
 
+# Of twice as many threads each has twice as many registers on AMD's GPUs: no tile that compiles in time is too large.
+PLANTED = [
+    (mutant, kernel, said, target)
+    for mutant, kernel, said in BROKEN
+    for target in TARGETS
+    if mutant.name != "too large tiles" or target == "sm_90"
+]
+
+
 class Builds:
     """What is compiled once for all tests."""
 
     def __init__(self, compiler: Compiler, folder: Path) -> None:
         self.broken: dict[tuple[str, str], Future[Row]] = {}
-        for mutant, kernel, _ in BROKEN:
-            sources = self.planted(mutant, folder / mutant.name.replace(" ", "_"))
-            for target in TARGETS:
-                (self.broken[mutant.name, target],) = compiler.submit([kernel], target, sources)
+        sources = {mutant: self.planted(mutant, folder / mutant.name.replace(" ", "_")) for mutant, *_ in BROKEN}
+        for mutant, kernel, _, target in PLANTED:
+            (self.broken[mutant.name, target],) = compiler.submit([kernel], target, sources[mutant])
         self.sound = {target: compiler.submit(EVERY_KERNEL, target) for target in TARGETS}
 
     @staticmethod
@@ -122,6 +130,22 @@ def test_no_spills(builds: Builds, target: str) -> None:
     assert [fault for row in builds.rows(target) for fault in triton_code.spills(row)] == []
 
 
+@pytest.mark.parametrize(("vector", "stack", "is_fault"), [(0, 0, False), (3, 0, True), (0, 16, True)])
+def test_what_is_a_spill_on_amd(vector: int, stack: int, is_fault: bool) -> None:
+    """Scalar registers that are kept in vector registers use no memory."""
+    numbers = {
+        "vgpr_count": 100,
+        "vgpr_spill_count": vector,
+        "sgpr_spill_count": 9,
+        "private_segment_fixed_size": stack,
+    }
+    text = "".join(f"    .{name}: {number}\n" for name, number in numbers.items())
+    finish = Kernel("finish", "sgd", 0, FLOATS, False, False)
+    row = triton_code.read_amd(Row("gfx942", finish), {"amdgcn": text})
+    assert (row.registers, row.spills, row.moved, row.stack) == (100, vector, 9, stack)
+    assert bool(triton_code.spills(row)) == is_fault
+
+
 @everywhere
 def test_memory_is_moved_in_16_bytes(builds: Builds, target: str) -> None:
     rows = builds.rows(target)
@@ -165,9 +189,10 @@ def test_the_table_in_the_docs_is_up_to_date(builds: Builds) -> None:
         ]
 
 
-@everywhere
 @pytest.mark.parametrize(
-    ("mutant", "kernel", "said"), BROKEN, ids=[mutant.name.replace(" ", "_") for mutant, *_ in BROKEN]
+    ("mutant", "kernel", "said", "target"),
+    PLANTED,
+    ids=[f"{mutant.name.replace(' ', '_')}-{target}" for mutant, _, _, target in PLANTED],
 )
 def test_a_broken_kernel_is_caught(builds: Builds, mutant: Mutant, kernel: Kernel, said: str, target: str) -> None:
     (sound,) = (row for row in builds.rows(target) if row.kernel == kernel)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import DTYPES, PROJECTIONS, Case, TensorCase
 from test_triton_compilations import Driver
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from fastwrs import dispatch, library
 pytestmark = pytest.mark.triton_compiled
 TRITON: Any = dispatch._MODULES["triton"]
 CPU = torch.device("cpu")
+RESCALED = (tuple(PROJECTIONS["rescale"].items()),)
 
 
 class Device:
@@ -195,7 +197,7 @@ def test_spares_do_not_pile_up(device: Device) -> None:
     params = params_of(*[(4, 5)] * 12)
     optimizer = sgd(params, momentum=0.0)
     most = 0
-    for _ in range(200):
+    for _ in range(400):
         for param in params:
             param.grad = torch.ones(4, 5) if dice.random() < 0.6 else None
         optimizer.step()
@@ -207,6 +209,32 @@ def test_spares_do_not_pile_up(device: Device) -> None:
         most = max(most, len(memory.spares))
     assert most == TRITON.SPARES * TRITON.TABLES
     assert device.launched
+
+
+def test_plans_that_take_turns_keep_their_tables(device: Device) -> None:
+    """Eight plans of several bundles: once each has been there, nothing is allocated any more."""
+    optimizer = several_bundles("dtypes")
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    grads = [param.grad for param in params]
+    for turn in range(24):
+        for k, param in enumerate(params):
+            param.grad = None if k == turn % 4 else grads[k]
+        before = device.allocations
+        optimizer.step()
+        assert turn < 8 or device.allocations == before
+
+
+def test_a_traced_step_finds_its_memory_again(device: Device) -> None:
+    """The op gets other lists in every call, and cannot hand back a workspace."""
+    call = Case("traced", "sgd.mom", (TensorCase((4, 5)), TensorCase((2, 20001))), DTYPES[0], RESCALED).build()
+    allocations = []
+    for _ in range(4):
+        arguments = [list(a) if isinstance(a, list) else a for a in call.args()]
+        torch.ops.fastwrs.triton_step(*arguments)
+        allocations.append(device.allocations)
+    memory = TRITON._memories[TRITON._workspaces[call.steps[0]]]
+    assert len(memory.tables) == 1 and len(set(allocations[1:])) == 1
+    assert len({id(table) for table in device.launched[1:]}) == 1
 
 
 def several_bundles(kind: str) -> Any:
@@ -266,7 +294,7 @@ def test_a_refused_capture_costs_no_spares(device: Device) -> None:
     optimizer.step()
     memory = memory_of(optimizer)
     last = optimizer._plans[0].bundles[-1].params
-    (owner,) = (table for key, table in memory.tables.items() if id(last) in key)
+    (owner,) = (table for key, table in memory.tables.items() if id(last[0]) in key)
     taken, owner.spares = memory.spares, []  # of the last bundle: others are too small
     small = [spare for spare in taken if spare.host.numel() < owner.host.numel()]
     for table in memory.tables.values():

@@ -111,7 +111,9 @@ class Row:
     needed: Accesses = NONE
     registers: int = 0
     spills: int = 0
-    """Registers on AMD's GPUs; on NVIDIA's the instructions that store or load them."""
+    """Vector registers on AMD's GPUs; on NVIDIA's the instructions that store or load them."""
+    moved: int = 0
+    """Scalar registers of AMD's GPUs that are kept in vector registers. No memory is used for them."""
     stack: int = 0
     accesses: Accesses = NONE
     doubles: tuple[str, ...] = ()
@@ -230,7 +232,8 @@ def read_amd(row: Row, code: Mapping[str, Any]) -> Row:
         row,
         registers=number("vgpr_count"),
         stack=number("private_segment_fixed_size"),
-        spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
+        spills=number("vgpr_spill_count"),
+        moved=number("sgpr_spill_count"),
         accesses=Accesses(*(vectors.count((kind, n)) for n in "42" for kind in ("load", "store"))),
         doubles=tuple(sorted(set(re.findall(r"^\s+(v_\w*f64\w*)", text, re.MULTILINE)))),
         ordered=_takes_its_ticket_last(row, text, r"\bs_barrier\b", r"\w+_atomic_add\b", r"\b(global|buffer)_store_"),
@@ -361,7 +364,8 @@ kernels; `docs/triton-full.log` is what `make triton-full` found with the oldest
 A kernel is named by its phase, its rule with the number of states, and the dtypes of parameter, gradient and states;
 `finish` and `project` by the dtype of the parameter. Under each target: registers of a thread, of the kernel that is
 launched plainly, for strided tensors, where norms are measured, and for both; what is spilled would follow in brackets.
-On AMD's GPUs the registers are vector registers. Blocks have 256 threads on NVIDIA's GPUs and 512 on AMD's.
+On AMD's GPUs the registers are vector registers; scalar registers that do not suffice are kept in some of them, which
+uses no memory and is no spill. Blocks have 256 threads on NVIDIA's GPUs and 512 on AMD's.
 
 16 bytes: loads + stores of 16 bytes in the plain kernel and in the one that measures, on NVIDIA's GPUs or on AMD's,
 where a thread has half as many elements. In `step` the plain kernel has two branches with such accesses, the other one.
@@ -375,9 +379,10 @@ def summary(target: str, rows: Sequence[Row], seconds: float) -> str:
     wrong = sum(len(faults(row)) for row in rows)
     most = max(rows, key=lambda row: row.registers)
     spilled = sum(row.spills for row in rows)
+    moved = max(row.moved for row in rows)
     return (
-        f"  {target:<7} {len(rows)} kernels, at most {most.registers} registers ({most.kernel}), "
-        f"{spilled} spills, {wrong} faults, {seconds:.0f} s"
+        f"  {target:<7} {len(rows)} kernels, at most {most.registers} registers ({most.kernel}), {spilled} spills, "
+        f"{f'at most {moved} scalar registers in vector registers, ' if moved else ''}{wrong} faults, {seconds:.0f} s"
     )
 
 

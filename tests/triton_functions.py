@@ -82,7 +82,7 @@ def check_floats() -> None:
 
 
 def check_powers() -> None:
-    """Norms to any power: also where the base's own exponent, raised, is beyond the range and the result is not."""
+    """Norms to large powers: also where the base's own exponent, raised, is beyond the range and the result is not."""
     for dtype, bits in ((torch.float32, 24), (torch.float64, 53)):
         bases = torch.tensor([0.999, 1.001, 0.5, 2.0, 1e-15, 1e15, 3.0, 1 / 3, 0.99, 1.01, 0.75, 1.5, 1, 7, 0.1, 10])
         exponents = torch.tensor([300.0, -300, 120, -120, 0.5, 0.5, -1.5, 70, 4000, -4000, 200, 200, 1e4, 40, 30, -30])

@@ -23,7 +23,8 @@ from fastwrs.plan import StepCall, name_of
 from fastwrs.spec import DTYPE_TRIPLES, RULES
 
 NAME = "triton"
-SPARES, TABLES = 4, 16
+SPARES, TABLES = 4, 64
+THREADS_OF_HIP, MOST_THREADS_OF_HIP = 512, 2**32 - 1
 WORKSPACE_BYTES = 16  # of the ticket
 
 
@@ -169,9 +170,16 @@ def _prepare(call: StepCall, walk: bool) -> _Launches:
         elif words > table.host.numel():
             _enlarge(call, memory, table, words)
         else:
-            _keep_as_last(tables, key, table)
+            _keep_as_last(memory, tables, key, table)
             break
+    _check_grid(tiles)
     return _Launches(variant, table, tuple(tiles), tensors)
+
+
+def _check_grid(tiles: list[int]) -> None:
+    """Before anything is launched: HIP counts the threads of a launch in 32 bits."""
+    if torch.version.hip is not None and max(tiles) * THREADS_OF_HIP > MOST_THREADS_OF_HIP:
+        raise RuntimeError(f"fastwrs: the tensors are too large for one launch on AMD's GPUs: {max(tiles)} programs")
 
 
 def _constants(call: StepCall) -> list[float]:
@@ -187,17 +195,21 @@ def _constants(call: StepCall) -> list[float]:
 
 
 def _tables_for(call: StepCall, memory: _Memory, walk: bool) -> tuple[dict[Any, _Table], Any]:
-    """Where the table of a call is kept, and under what key."""
+    """Where the table of a call is kept, and under what key.
+
+    Another list of parameters under the same key costs time only: what has changed in a table is always found.
+    """
+    key = len(call.params), id(call.params[0]), id(call.params[-1]), walk
     if is_captured(call):
-        return memory.reserved, (id(call.params), walk)
-    return memory.tables, (_stream_of(call.params[0].device), id(call.params), walk)
+        return memory.reserved, key
+    return memory.tables, (_stream_of(call.params[0].device), *key)
 
 
-def _keep_as_last(tables: dict[Any, _Table], key: Any, table: _Table) -> None:
+def _keep_as_last(memory: _Memory, tables: dict[Any, _Table], key: Any, table: _Table) -> None:
     tables.pop(key, None)
     tables[key] = table
-    if len(tables) > TABLES:
-        del tables[next(iter(tables))]
+    if len(memory.tables) > TABLES:  # what is reserved goes to a graph, or to the next one
+        del memory.tables[next(iter(memory.tables))]
 
 
 def _page_locked(words: int, device: torch.device) -> Tensor:
@@ -281,10 +293,19 @@ _library.define(
 )
 
 
+_workspaces: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Of traced steps, by the first step count: a workspace that an op makes cannot be handed back to the optimizer."""
+
+
 @torch.library.impl(_library, "triton_step", "CompositeExplicitAutograd")
 def _step_op(*arguments: Any) -> None:
     """The step as an op, for tracing alone: dispatching it costs more than all else that happens on the host."""
-    _step(StepCall(*arguments[:14]), dry_run=len(arguments) > 14 and arguments[14])
+    call = StepCall(*arguments[:14])
+    if call.params and call.workspace is None:
+        call.workspace = _workspaces.get(call.steps[0])
+    _step(call, dry_run=len(arguments) > 14 and arguments[14])
+    if call.params:
+        _workspaces[call.steps[0]] = call.workspace
 
 
 @torch.library.register_fake("fastwrs::triton_step")
