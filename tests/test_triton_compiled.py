@@ -24,6 +24,7 @@ ADDRESS = """        at = tl.multiple_of(at, 16)
         array_start = at.to(tl.pointer_type(KIND))
         return tl.multiple_of(array_start, 16) + start"""
 ADDRESS_WITHOUT = "        return at.to(tl.pointer_type(KIND)) + start"
+COUNT = "    if ALIGNED:\n        count = count // VECTOR * VECTOR\n    mask = within < count\n    p, before"
 
 
 def _kernels(name: str, old: str, new: str) -> Mutant:
@@ -37,7 +38,7 @@ HELD = Kernel("step", "adam", 2, FLOATS, False, False)
 BROKEN = (
     (_kernels("no hint at addresses", ADDRESS, ADDRESS_WITHOUT), PLAIN, r": 0\+0 vectors"),
     (_kernels("no hint at offsets", "start // VECTOR * VECTOR + within", "start + within"), PLAIN, r": 0\+0 vectors"),
-    (_kernels("no hint at counts", "count = count // VECTOR * VECTOR", "pass"), PLAIN, r": 4\+4 vectors"),
+    (_kernels("no hint at counts", COUNT, "    mask = within < count\n    p, before"), PLAIN, r": 4\+4 vectors"),
     (_kernels("no hint at units", "unit = unit // VECTOR * VECTOR", "pass"), PLAIN, r": 4\+4 vectors"),
     (_kernels("no barrier", "    tl.debug_barrier()", "    pass"), PLAIN, "no barrier before the ticket"),
     (

@@ -11,15 +11,15 @@ namespace fastwrs::triton {
 namespace {
 
 // X(name): lists in the order of table.py.
-#define FASTWRS_HEADER(X)                                                                                  \
-  X(tensors)                                                                                               \
-  X(tiles) X(finish_tiles) X(project_tiles) X(records) X(record_numbers) X(pool) X(step_map) X(finish_map) \
-      X(project_map) X(grad_scale) X(found_inf) X(measured) X(ticket) X(workspace) X(spare)
-#define FASTWRS_ENTRY(X)                                                                                            \
-  X(param)                                                                                                          \
-  X(grad) X(state0) X(state1) X(state2) X(step) X(lr) X(flags) X(kind) X(numel) X(unit) X(rows) X(cols)             \
-      X(units_per_tile) X(first_tile) X(first_finish) X(first_project) X(record) X(partial) X(per_sum) X(row_tiles) \
-          X(measure) X(walk) X(groups)
+// clang-format off: it moves a name in these each time that it is run
+#define FASTWRS_HEADER(X) \
+  X(tensors) X(tiles) X(finish_tiles) X(project_tiles) X(records) X(record_numbers) X(pool) X(step_map) X(finish_map) \
+  X(project_map) X(grad_scale) X(found_inf) X(measured) X(ticket) X(workspace) X(spare)
+#define FASTWRS_ENTRY(X) \
+  X(param) X(grad) X(state0) X(state1) X(state2) X(step) X(lr) X(flags) X(kind) X(numel) X(unit) X(rows) X(cols) \
+  X(units_per_tile) X(first_tile) X(first_finish) X(first_project) X(record) X(partial) X(per_sum) X(row_tiles) \
+  X(measure) X(walk) X(groups)
+// clang-format on
 #define FASTWRS_KINDS(X) X(units) X(long) X(partial) X(strip) X(nothing)
 #define FASTWRS_FLAGS(X) X(fresh) X(lr_is_double) X(aligned) X(grouped)
 
