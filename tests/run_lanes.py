@@ -182,7 +182,7 @@ LANES = (
     Lane("emulated control", 400, lambda: pytest_("emulated_control")),
     Lane("compiled", 360, lambda: pytest_("compiled")),
     Lane("interpreted", 420, interpreted),
-    Lane("triton_compiled", 360, lambda: pytest_("triton_compiled")),
+    Lane("triton_compiled", 600, lambda: pytest_("triton_compiled")),
 )
 
 

@@ -24,7 +24,8 @@ ADDRESS = """        at = tl.multiple_of(at, 16)
         array_start = at.to(tl.pointer_type(KIND))
         return tl.multiple_of(array_start, 16) + start"""
 ADDRESS_WITHOUT = "        return at.to(tl.pointer_type(KIND)) + start"
-COUNT = "    if ALIGNED:\n        count = count // VECTOR * VECTOR\n    mask = within < count\n    p, before"
+COUNT_WITHOUT = "    mask = within < count\n    p, before"
+COUNT = f"    if ALIGNED:\n        count = count // VECTOR * VECTOR\n{COUNT_WITHOUT}"
 
 
 def _kernels(name: str, old: str, new: str) -> Mutant:
@@ -36,11 +37,10 @@ FLOATS = ("float32", "float32", "float32")
 PLAIN = Kernel("step", "sgd", 0, FLOATS, False, False)
 HELD = Kernel("step", "adam", 2, FLOATS, False, False)
 BROKEN = (
-    (_kernels("no hint at addresses", ADDRESS, ADDRESS_WITHOUT), PLAIN, r": 0\+0 vectors"),
-    (_kernels("no hint at offsets", "start // VECTOR * VECTOR + within", "start + within"), PLAIN, r": 0\+0 vectors"),
-    (_kernels("no hint at counts", COUNT, "    mask = within < count\n    p, before"), PLAIN, r": 4\+4 vectors"),
-    (_kernels("no hint at units", "unit = unit // VECTOR * VECTOR", "pass"), PLAIN, r": 4\+4 vectors"),
-    (_kernels("no barrier", "    tl.debug_barrier()", "    pass"), PLAIN, "no barrier before the ticket"),
+    (_kernels("no hint at addresses", ADDRESS, ADDRESS_WITHOUT), PLAIN, r": 0\+0 .*vectors"),
+    (_kernels("no hint at offsets", "start // VECTOR * VECTOR + within", "start + within"), PLAIN, r": 0\+0 .*vectors"),
+    (_kernels("no hint at counts", COUNT, COUNT_WITHOUT), PLAIN, r": (4\+4|2\+2) .*vectors"),
+    (_kernels("no hint at units", "unit = unit // VECTOR * VECTOR", "pass"), PLAIN, r": (4\+4|2\+2) .*vectors"),
     (
         _kernels("no such name", "new = after.to(TYPES[0])\n    stored", "new = afterwards\n    stored"),
         PLAIN,
@@ -159,6 +159,20 @@ def test_memory_is_moved_in_16_bytes(builds: Builds, target: str) -> None:
 @everywhere
 def test_steps_are_advanced_after_all_have_read_them(builds: Builds, target: str) -> None:
     assert [fault for row in builds.rows(target) for fault in triton_code.unordered(row)] == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_last"),
+    [
+        ("st.global a; bar.sync 0; ld.global b; atom.global c", True),
+        ("bar.sync 0; st.global a; atom.global c", False),
+        ("st.global a; atom.global c; bar.sync 0", False),
+    ],
+)
+def test_what_takes_its_ticket_last(lines: str, is_last: bool) -> None:
+    """No kernel can be broken in this way: Triton has a barrier of its own before an atomic whose result is used."""
+    row = Row("sm_90", PLAIN)
+    assert triton_code.takes_its_ticket_last(row, lines, "bar.sync", "atom.global", "st.global") == is_last
 
 
 @everywhere

@@ -214,7 +214,7 @@ def read_nvidia(row: Row, code: Mapping[str, Any]) -> Row:
         spills=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
         accesses=Accesses(wide["LDG"], wide["STG"], vectors.count("ld"), vectors.count("st")),
         doubles=tuple(sorted({opcode for opcode in opcodes if DOUBLE.match(opcode)})),
-        ordered=_takes_its_ticket_last(row, code["ptx"], r"\bbar\.sync\b", r"\batom\.global\b", r"\bst\.global\b"),
+        ordered=takes_its_ticket_last(row, code["ptx"], r"\bbar\.sync\b", r"\batom\.global\b", r"\bst\.global\b"),
     )
 
 
@@ -236,11 +236,11 @@ def read_amd(row: Row, code: Mapping[str, Any]) -> Row:
         moved=number("sgpr_spill_count"),
         accesses=Accesses(*(vectors.count((kind, n)) for n in "42" for kind in ("load", "store"))),
         doubles=tuple(sorted(set(re.findall(r"^\s+(v_\w*f64\w*)", text, re.MULTILINE)))),
-        ordered=_takes_its_ticket_last(row, text, r"\bs_barrier\b", r"\w+_atomic_add\b", r"\b(global|buffer)_store_"),
+        ordered=takes_its_ticket_last(row, text, r"\bs_barrier\b", r"\w+_atomic_add\b", r"\b(global|buffer)_store_"),
     )
 
 
-def _takes_its_ticket_last(row: Row, text: str, barrier: str, atomic: str, store: str) -> bool:
+def takes_its_ticket_last(row: Row, text: str, barrier: str, atomic: str, store: str) -> bool:
     """Whether there is a barrier between all else that a program writes and the atomic that says that it is done."""
     if row.kernel.kind == "finish":
         return True
