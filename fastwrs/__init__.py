@@ -4,8 +4,10 @@ The public API is what is listed in ``__all__``. ``fastwrs.backends()`` says wha
 """
 
 from fastwrs._version import __version__
+from fastwrs.batchnorm import follow_batchnorm
 from fastwrs.dispatch import backends
 from fastwrs.groups import param_groups
+from fastwrs.monitor import Monitor
 from fastwrs.optim import SGD, Adam, AdamW
 from fastwrs.options import Rescale, Shrink
 from fastwrs.projection import channel_norms, rescale_
@@ -14,11 +16,13 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Monitor",
     "Rescale",
     "Shrink",
     "__version__",
     "backends",
     "channel_norms",
+    "follow_batchnorm",
     "param_groups",
     "rescale_",
 ]

@@ -162,6 +162,15 @@ def axis_mask(axis: Axis | None, ndim: int) -> int:
     return ALL_DIMS if len(dims) == ndim else sum(1 << dim for dim in dims)
 
 
+def measured_mask(mask: int, ndim: int) -> int:
+    """The mask by which a tensor is measured: its own, or where it is neither rescaled nor shrunk that of ``"out"``.
+
+    A tensor of less than two dimensions is then one group. Such a mask changes nothing in a step: a record without
+    rescale and shrink does not project.
+    """
+    return mask or axis_mask("out" if ndim >= 2 else "tensor", ndim)
+
+
 def masked_dims(mask: int, ndim: int) -> tuple[int, ...] | None:
     """The reduced dimensions that a bitmask stands for; None for ``NO_GROUPS``."""
     if mask == NO_GROUPS:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastwrs.options import Axis, axis_mask, common_axis
+from fastwrs.options import Axis, axis_mask, common_axis, measured_mask
 from fastwrs.spec import DTYPE_TRIPLES, Rule
 
 Triple = tuple[str, str, str]
@@ -73,6 +73,8 @@ class Bundle:
     states: list[State] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
     axes: list[int] = field(default_factory=list)
+    measured_axes: list[int] = field(default_factory=list)
+    """What takes the place of ``axes`` in a step that measures every tensor; only masks of ``NO_GROUPS`` differ."""
     fresh: list[int] = field(default_factory=list)
     ndims: list[int] = field(default_factory=list)
 
@@ -200,6 +202,7 @@ def build(
             bundle.params.append(param)
             bundle.groups.append(g)
             bundle.axes.append(mask)
+            bundle.measured_axes.append(measured_mask(mask, param.ndim))
             bundle.ndims.append(param.ndim)
             tensors += (param, param.grad) if unscaling else (param,)
             written += tensors

@@ -29,6 +29,22 @@ ONLY = {
         *("fastwrs.reference", "fastwrs.ops", "fastwrs.triton_kernels.launch"),
     ),
     "fastwrs.triton_kernels": ("fastwrs.triton_kernels",),
+    "fastwrs.measuring": ("fastwrs.spec", "fastwrs.options"),
+    "fastwrs.optim": (
+        *("fastwrs.optim", "fastwrs.dispatch", "fastwrs.measuring"),
+        *("fastwrs.plan", "fastwrs.options", "fastwrs.spec"),
+    ),
+    "fastwrs.monitor": (
+        *("fastwrs.measuring", "fastwrs.monitor_export", "fastwrs.monitor_store", "fastwrs.optim.base"),
+        "fastwrs.spec",
+    ),
+    "fastwrs.monitor_export": ("fastwrs.spec",),
+    "fastwrs.monitor_store": (),
+    "fastwrs.batchnorm": (
+        *("fastwrs.batchnorm_pairs", "fastwrs.measuring", "fastwrs.optim.base"),
+        *("fastwrs.options", "fastwrs.spec"),
+    ),
+    "fastwrs.batchnorm_pairs": (),
 }
 THROUGH_TRITON = ("fastwrs.triton_kernels", "fastwrs.backends.triton", "fastwrs.backends.triton_available")
 # Modules that only the listed ones may import.
@@ -142,6 +158,13 @@ def test_the_tree_keeps_the_rules():
             "only fast",
         ),
         ("fastwrs/backends/planted.py", "from ..optim import base", "backends may import only"),
+        ("fastwrs/optim/planted.py", "from fastwrs.monitor import Monitor", "optim may import only"),
+        ("fastwrs/measuring.py", "from fastwrs import plan", "measuring may import only"),
+        ("fastwrs/monitor.py", "from fastwrs import dispatch", "monitor may import only"),
+        ("fastwrs/monitor_export.py", "import pandas", "torch is the only dependency"),
+        ("fastwrs/monitor_store.py", "from fastwrs import plan", "monitor_store may import only nothing of ours"),
+        ("fastwrs/batchnorm.py", "from fastwrs import monitor", "batchnorm may import only"),
+        ("fastwrs/batchnorm_pairs.py", "from fastwrs import groups", "batchnorm_pairs may import only"),
         ("fastwrs/planted.py", "import triton", "torch is the only dependency"),
         ("fastwrs/planted.py", "from fastwrs.triton_kernels import rules", "only fastwrs.triton_kernels"),
         ("fastwrs/triton_kernels/rules.py", "from fastwrs.spec import RULES", "triton_kernels may import only"),

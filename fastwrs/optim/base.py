@@ -11,6 +11,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from fastwrs import dispatch
+from fastwrs.measuring import Measured, Scope, Watcher, buffer_for, counts_of
 from fastwrs.optim import checkpoint
 from fastwrs.optim.records import Records, on, read
 from fastwrs.options import Rescale, Shrink, common_axis
@@ -31,6 +32,7 @@ class FusedOptimizer(Optimizer):
 
     _plans: tuple[Plan, ...] = ()  # all for the same options, parameters and state dicts; the last one used comes first
     _records: Records | None = None
+    _watchers: tuple[Watcher, ...] = ()  # who wants to know what a step measures; a copy of the optimizer has none
     _workspaces: dict[torch.device, list[Tensor]]  # of the backends' launches; the last one is in use
 
     def __init__(
@@ -72,10 +74,28 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._take_step()
+        watchers = self._watchers
+        launches = self._take_step(max((watcher.before_step() for watcher in watchers), default=Scope.NOTHING))
+        if watchers:
+            measured = [
+                Measured(call.params, counts_of(call.params, call.axes), call.measured)
+                for _, call in launches
+                if call.measured is not None
+            ]
+            for watcher in watchers:
+                watcher.after_step(measured, loss)
         return loss
 
-    def _take_step(self) -> None:
+    def watch(self, watcher: Watcher) -> None:
+        """From the next step on, asks ``watcher`` what to measure and tells it what was measured."""
+        self._watchers = (*self._watchers, watcher)
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """Undoes :meth:`watch`; nothing if that has been done."""
+        self._watchers = tuple(known for known in self._watchers if known is not watcher)
+
+    def _take_step(self, scope: Scope) -> Launches:
+        """Plans, launches, and returns what was launched."""
         records = self._records
         if records is None:
             names = [name for name in self.defaults if name not in ("lr", "foreach", "fused", "capturable")]
@@ -90,14 +110,14 @@ class FusedOptimizer(Optimizer):
         if self._plans and not self._plans[0].fits(self.param_groups, records.shapes, self.state):
             self._plans = ()
         for place, plan in enumerate(self._plans):
-            launches = self._launches(plan, records) if plan.idles() else None
+            launches = self._launches(plan, records, scope) if plan.idles() else None
             if launches is None:
                 continue
             refused = self._launch(launches)
             if refused is None:
                 if place > 0:
                     self._plans = (plan, *self._others(plan))
-                return
+                return launches
             failed, self._plans = plan.signature(), ()
             break
 
@@ -106,8 +126,9 @@ class FusedOptimizer(Optimizer):
         if refused is not None and plan.signature() == failed:
             raise refused  # nothing has changed that a new plan could see
         plan.install(self.state)
+        launches: Launches | None = None
         try:
-            launches = self._launches(plan, records)
+            launches = self._launches(plan, records, scope)
             assert launches is not None, "a plan that was just built holds"
             refused = self._launch(launches)
         except Exception as error:
@@ -125,6 +146,8 @@ class FusedOptimizer(Optimizer):
             self._plans = (plan, *others)[:PLANS]
         if refused is not None:
             raise refused
+        assert launches is not None
+        return launches
 
     def _others(self, plan: Plan) -> list[Plan]:
         """The plans for other sets of parameters with gradients."""
@@ -147,7 +170,7 @@ class FusedOptimizer(Optimizer):
             found_inf = None if found_inf == 0 else torch.tensor(float(found_inf), dtype=torch.float32)
         return scale, found_inf
 
-    def _launches(self, plan: Plan, records: Records) -> Launches | None:
+    def _launches(self, plan: Plan, records: Records, scope: Scope) -> Launches | None:
         """One call per bundle with the tensors as they are now; None if the plan is not for them."""
         grad_scale, found_inf = self._amp()
         launches = []
@@ -157,18 +180,19 @@ class FusedOptimizer(Optimizer):
                 return None
             device = bundle.device
             hyper, lrs = records.on(device)
+            axes = bundle.measured_axes if scope is Scope.EVERYTHING else bundle.axes
             call = StepCall(
                 self.rule.name,
                 bundle.params,
                 *tensors,
                 hyper,
                 bundle.groups,
-                bundle.axes,
+                axes,
                 bundle.fresh,
                 lrs,
                 on(grad_scale, device),
                 on(found_inf, device),
-                measured=None,  # the place where a buffer for per-group measurements goes in
+                measured=buffer_for(bundle.params, axes, device) if scope else None,
             )
             launches.append((bundle, call))
         return launches

@@ -1,0 +1,74 @@
+"""What a step measures on request: who may ask, how much, and which rows of the figures belong to which parameter.
+
+A step writes the eight figures of ``spec.MEASURED`` for every norm group into a buffer on the device. Nothing here
+reads such a buffer, which would wait for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastwrs.options import masked_dims
+from fastwrs.spec import MEASURED
+
+TAKEN = MEASURED.index("rescale_factor")
+"""A column that is NaN where the step was skipped, and never where it was taken."""
+
+
+class Scope(IntEnum):
+    """Which tensors a step measures."""
+
+    NOTHING = 0
+    PROJECTED = 1
+    """Those that are rescaled or shrunk, by their axis."""
+    EVERYTHING = 2
+    """The others too, by ``options.measured_mask``."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one launch has measured."""
+
+    params: list[Tensor]
+    counts: list[int]
+    """How many rows each parameter has, one for every norm group in row-major order of the dimensions that are kept."""
+    values: Tensor
+    """[sum(counts), 8] in fp32, the columns of ``spec.MEASURED``. A skipped step leaves NaN in all of them."""
+
+
+class Watcher(Protocol):
+    """What an optimizer asks before a step, and tells after it."""
+
+    def before_step(self) -> Scope:
+        """What the step that begins now is to measure. May refuse the step: nothing has changed yet."""
+        ...
+
+    def after_step(self, measured: list[Measured], loss: Any) -> None:
+        """The step was launched, one item for each launch that measured. ``loss`` is what the closure returned."""
+        ...
+
+
+@functools.lru_cache(maxsize=4096)
+def group_count(shape: tuple[int, ...], mask: int) -> int:
+    """How many norm groups a tensor has, which is the product of the dimensions that are kept; 0 without groups."""
+    dims = masked_dims(mask, len(shape))
+    return 0 if dims is None else math.prod(size for dim, size in enumerate(shape) if dim not in dims)
+
+
+def counts_of(params: Sequence[Tensor], axes: Sequence[int]) -> list[int]:
+    """The number of rows of each parameter."""
+    return [group_count(param.shape, mask) for param, mask in zip(params, axes, strict=True)]
+
+
+def buffer_for(params: Sequence[Tensor], axes: Sequence[int], device: torch.device) -> Tensor | None:
+    """The buffer that a launch fills, None if nothing in it has norm groups. NaN says that a figure was not taken."""
+    rows = sum(counts_of(params, axes))
+    return torch.full((rows, len(MEASURED)), math.nan, dtype=torch.float32, device=device) if rows else None

@@ -1,0 +1,116 @@
+"""What a :class:`fastwrs.Monitor` keeps: measurements on the device, in full at first, reduced when they are old."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """Whose rows a buffer has, in order; without the parameters that have none."""
+
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    ndims: tuple[int, ...]
+
+
+class Part(NamedTuple):
+    """The figures of one launch: [groups, 8], or [parameters, 4, 8] once they are reduced."""
+
+    layout: Layout
+    values: Tensor
+
+
+@dataclass(slots=True)
+class Reading:
+    """One measured step."""
+
+    step: int
+    loss: Any = None
+    parts: list[Part] = field(default_factory=list)
+
+    def rows(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and rows of each parameter, of a reading in full."""
+        for layout, values in self.parts:
+            yield from zip(layout.names, values.split(list(layout.counts)), strict=True)
+
+
+class Store:
+    """The last ``full`` readings as they are, and ``reduced`` older ones as four statistics of each parameter."""
+
+    def __init__(self, full: int, reduced: int) -> None:
+        self._room = full
+        self._full: deque[Reading] = deque()
+        self._reduced: deque[Reading] = deque(maxlen=reduced)
+        self._lengths: dict[tuple[Layout, torch.device], Tensor] = {}
+
+    def add(self, reading: Reading) -> None:
+        """Keeps a reading; one that is too old for its place is reduced, one that is too old for that is dropped."""
+        for layout, values in reading.parts:
+            self._lengths_on(layout, values.device)  # now, so that reading it later brings nothing to the device
+        self._full.append(reading)
+        while len(self._full) > self._room:
+            oldest = self._full.popleft()
+            if self._reduced.maxlen:
+                self._reduced.append(self._reduction(oldest))
+
+    def clear(self) -> None:
+        """Drops all of them."""
+        self._full.clear()
+        self._reduced.clear()
+
+    def all(self) -> list[Reading]:
+        """Every reading, where it is and as it is: for what is known on the host."""
+        return [*self._reduced, *self._full]
+
+    def full(self) -> list[Reading]:
+        """The readings in full, on the CPU."""
+        _bring_home(self._full)
+        return list(self._full)
+
+    def reduced(self) -> list[Reading]:
+        """All readings reduced, on the CPU."""
+        fresh = [self._reduction(reading) for reading in self._full]
+        _bring_home(self._reduced)
+        _bring_home(fresh)
+        return [*self._reduced, *fresh]
+
+    def _lengths_on(self, layout: Layout, device: torch.device) -> Tensor:
+        key = layout, device
+        if key not in self._lengths:
+            pinned = torch.tensor(layout.counts, pin_memory=device.type == "cuda")
+            self._lengths[key] = pinned.to(device, non_blocking=True)
+        return self._lengths[key]
+
+    def _reduction(self, reading: Reading) -> Reading:
+        """Minimum, mean, maximum and total (the root of the sum of squares) of each parameter's groups."""
+        parts = []
+        for layout, values in reading.parts:
+            lengths = self._lengths_on(layout, values.device)
+            wide = values.double()
+
+            def over(of: Tensor, how: str, lengths: Tensor = lengths) -> Tensor:
+                # `unsafe` leaves out a check of the lengths that would wait for the device.
+                return torch.segment_reduce(of, how, lengths=lengths, axis=0, unsafe=True)
+
+            found = over(values, "min"), over(wide, "mean"), over(values, "max"), over(wide.square(), "sum").sqrt()
+            parts.append(Part(layout, torch.stack([one.float() for one in found], dim=1)))
+        return Reading(reading.step, reading.loss, parts)
+
+
+def _bring_home(readings: Iterable[Reading]) -> None:
+    """Copies to the CPU what is still on a device, tensors of one size together; each only once."""
+    away: dict[Any, list[tuple[Reading, int]]] = {}
+    for reading in readings:
+        for k, part in enumerate(reading.parts):
+            if part.values.device.type != "cpu":
+                away.setdefault((part.values.device, part.values.shape), []).append((reading, k))
+    for found in away.values():
+        together = torch.stack([reading.parts[k].values for reading, k in found]).cpu()
+        for (reading, k), values in zip(found, together, strict=True):
+            reading.parts[k] = reading.parts[k]._replace(values=values)
