@@ -272,32 +272,31 @@ class Worker {
       args.step = p.wants[kUpdate] ? step_.data() : nullptr;
       call.update(args);
       if (p.wants[kUpdate]) feed(call, kUpdate, step_.data(), n);
-      if (p.wants[kGrad]) {
-        widen_grad(call, at.array[1], n);
-        feed(call, kGrad, grad_.data(), n);
-      }
+      if (p.wants[kGrad]) feed(call, kGrad, widened(call, at.array[1], n), n);
     }
     stored();
     if (p.wants[kUpdated]) feed(call, kUpdated, updated, n);
   }
 
-  void widen_grad(const Call<P>& call, const void* grad, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      switch (call.dtypes.grad) {
-        case Dtype::kFloat32:
-          grad_[i] = C(static_cast<const float*>(grad)[i]);
-          break;
-        case Dtype::kFloat64:
-          grad_[i] = C(static_cast<const double*>(grad)[i]);
-          break;
-        case Dtype::kBFloat16:
-          grad_[i] = C(widen(static_cast<const bfloat16*>(grad)[i]));
-          break;
-        case Dtype::kFloat16:
-          grad_[i] = C(widen(static_cast<const float16*>(grad)[i]));
-          break;
-      }
+  // A run of the gradient in the compute type: where it lies if it has that type, else a copy.
+  const C* widened(const Call<P>& call, const void* grad, int64_t n) {
+    if (call.dtypes.grad == DtypeOf<C>::value) return static_cast<const C*>(grad);
+    switch (call.dtypes.grad) {
+      case Dtype::kFloat32:
+        return widened_copy(static_cast<const float*>(grad), n);
+      case Dtype::kFloat64:
+        return widened_copy(static_cast<const double*>(grad), n);
+      case Dtype::kBFloat16:
+        return widened_copy(static_cast<const bfloat16*>(grad), n);
+      case Dtype::kFloat16:
+        break;
     }
+    return widened_copy(static_cast<const float16*>(grad), n);
+  }
+  template <class G>
+  const C* widened_copy(const G* grad, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) grad_[i] = C(widen(grad[i]));
+    return grad_.data();
   }
 
   static UpdateArgs arguments(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t n, C* updated) {
