@@ -173,10 +173,10 @@ void scale_columns(const compute_t<P>* x, P* out, int64_t n, const compute_t<P>*
   }
 }
 
-// Updates n elements. kSum: n is one block of the sums, and element j of each turn is squared into lane j. kScale: as
-// many elements of another place are multiplied by a factor; memory is what an update waits for, so that this costs
-// nothing.
-template <class Rule, int kSlots, class P, class G, class S, bool kExtras, bool kSum, bool kScale>
+// Updates n elements. kSum: n is one block of the sums, and element j of each turn is squared into lane j. kMeasure: so
+// are the weights before, the gradient and u, into lanes of their own behind it. kScale: as many elements of another
+// place are multiplied by a factor; memory is what an update waits for, so that this costs nothing.
+template <class Rule, int kSlots, class P, class G, class S, bool kExtras, bool kSum, bool kMeasure, bool kScale>
 inline void update_run(const UpdateArgs& a, int64_t begin, int64_t n, compute_t<P>* __restrict lanes) {
   using C = compute_t<P>;
   const auto s = *static_cast<const typename Rule::template Scalars<C>*>(a.scalars);
@@ -203,6 +203,10 @@ inline void update_run(const UpdateArgs& a, int64_t begin, int64_t n, compute_t<
         g = g / grad_scale;
         grad[i] = narrow(g, G());
       }
+      if (kMeasure) {
+        lanes[length + j] += w * w;
+        lanes[2 * length + j] += g * g;
+      }
       C state[kMaxSlots] = {};
       if (kSlots > 0) state[0] = C(widen(state0[i]));
       if (kSlots > 1) state[1] = C(widen(state1[i]));
@@ -213,41 +217,78 @@ inline void update_run(const UpdateArgs& a, int64_t begin, int64_t n, compute_t<
       if (kSlots > 2) state2[i] = narrow(state[2], S());
       updated[i] = w;
       if (kSum) lanes[j] += w * w;
+      if (kMeasure) lanes[3 * length + j] += u * u;
       if (kScale) behind[i] *= behind_factor;
       if (kExtras && wants_step) step[i] = u;
     }
   }
 }
 
+// Whole blocks, into the sums of `squares` and, with kMeasure, of `measured`. Returns how many elements that were.
+template <class Rule, int kSlots, class P, class G, class S, bool kMeasure>
+int64_t update_blocks(const UpdateArgs& a) {
+  using C = compute_t<P>;
+  using Sum = Accumulator<C>;
+  constexpr int64_t kBlock = Sum::kTurns * Sum::kLanes, kSets = kMeasure ? 4 : 1;
+  Sum* sums[4] = {static_cast<Sum*>(a.squares), static_cast<Sum*>(a.measured[0]), static_cast<Sum*>(a.measured[1]),
+                  static_cast<Sum*>(a.measured[2])};
+  int64_t done = 0;
+  for (; a.n - done >= kBlock; done += kBlock) {
+    C lanes[kSets * Sum::kLanes] = {};
+    if (a.behind) {
+      update_run<Rule, kSlots, P, G, S, false, true, kMeasure, true>(a, done, kBlock, lanes);
+    } else {
+      update_run<Rule, kSlots, P, G, S, false, true, kMeasure, false>(a, done, kBlock, lanes);
+    }
+    for (int64_t k = 0; k < kSets; ++k) {
+      std::memcpy(sums[k]->levels, lanes + k * Sum::kLanes, Sum::kLanes * sizeof(C));
+      close_block<typename Sixteen<C>::type>(*sums[k]);
+    }
+  }
+  return done;
+}
+
+// The rest of a run that is measured, shorter than a block.
+template <class Rule, int kSlots, class P, class G, class S>
+void update_rest(const UpdateArgs& a, int64_t done) {
+  using C = compute_t<P>;
+  using Sum = Accumulator<C>;
+  C values[Sum::kTurns * Sum::kLanes] = {};
+  const int64_t n = a.n - done;
+  add<C, true>(*static_cast<Sum*>(a.measured[0]), static_cast<const C*>(a.updated) + done, n);
+  widen_run(static_cast<const G*>(a.grad) + done, values, n);
+  add<C, true>(*static_cast<Sum*>(a.measured[1]), values, n);
+  UpdateArgs wanting = a;
+  wanting.step = values - done;
+  update_run<Rule, kSlots, P, G, S, true, false, false, false>(wanting, done, n, nullptr);
+  add<C, true>(*static_cast<Sum*>(a.measured[2]), values, n);
+}
+
 template <class Rule, int kSlots, class P, class G, class S>
 void update(const UpdateArgs& a) {
   using C = compute_t<P>;
-  const bool extras = a.grad_scale != 0 || a.step != nullptr;
+  const bool extras = a.grad_scale != 0 || a.step != nullptr, measures = a.measured[0] != nullptr;
   auto* sum = static_cast<Accumulator<C>*>(a.squares);
   int64_t done = 0;
   if constexpr (std::is_same_v<P, C>) {
-    constexpr int64_t kBlock = Accumulator<C>::kTurns * Accumulator<C>::kLanes;
     const bool whole = sum && sum->width == Accumulator<C>::kLanes && sum->position == 0 && sum->turns == 0;
-    for (; whole && !extras && a.n - done >= kBlock; done += kBlock) {
-      C lanes[Accumulator<C>::kLanes] = {};
-      if (a.behind) {
-        update_run<Rule, kSlots, P, G, S, false, true, true>(a, done, kBlock, lanes);
-      } else {
-        update_run<Rule, kSlots, P, G, S, false, true, false>(a, done, kBlock, lanes);
-      }
-      std::memcpy(sum->levels, lanes, sizeof lanes);
-      close_block<typename Sixteen<C>::type>(*sum);
+    if (whole && !extras) {
+      done = measures ? update_blocks<Rule, kSlots, P, G, S, true>(a) : update_blocks<Rule, kSlots, P, G, S, false>(a);
     }
     if (done == a.n) return;
     if (a.behind) {
       C* behind = static_cast<C*>(a.behind) + done;
       scale_run<P>(behind, behind, a.n - done, C(a.behind_factor));
     }
+    if (measures) {
+      update_rest<Rule, kSlots, P, G, S>(a, done);
+      return add<C, true>(*sum, static_cast<const C*>(a.updated) + done, a.n - done);
+    }
   }
   if (extras) {
-    update_run<Rule, kSlots, P, G, S, true, false, false>(a, done, a.n - done, nullptr);
+    update_run<Rule, kSlots, P, G, S, true, false, false, false>(a, done, a.n - done, nullptr);
   } else {
-    update_run<Rule, kSlots, P, G, S, false, false, false>(a, done, a.n - done, nullptr);
+    update_run<Rule, kSlots, P, G, S, false, false, false, false>(a, done, a.n - done, nullptr);
   }
   if (sum) add<C, true>(*sum, static_cast<const C*>(a.updated) + done, a.n - done);
 }

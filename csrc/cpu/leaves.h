@@ -17,7 +17,10 @@ struct UpdateArgs {
   void* updated;  // compute type
   void* step;     // compute type, or null: u is not wanted
   void* squares;  // Accumulator of the compute type that the updated weights are added to, or null
-  void* behind;   // other n elements of the compute type, to be multiplied by behind_factor on the way, or null
+  // Accumulators of the compute type for the weights before, the gradient and u, with `squares`; or all null. Not where
+  // the gradient is unscaled or u is wanted.
+  void* measured[3];
+  void* behind;  // other n elements of the compute type, to be multiplied by behind_factor on the way, or null
   double behind_factor;
   const void* scalars;  // Rule::Scalars in the compute type
   double grad_scale;    // 0: none

@@ -41,10 +41,13 @@ struct TensorPlan {
 
   bool sums() const { return wants[kBefore] || wants[kUpdated] || wants[kGrad] || wants[kUpdate]; }
   bool scales() const { return projection.rescale || projection.shrink; }
-  // Whether there is nothing to do but to rescale rows of some length where they lie, by one factor each.
-  bool only_rescales_rows() const {
-    return projection.rescale && units_per_tile == 1 && geometry.cols == 1 && !geometry.strided() && !wants[kBefore] &&
-           !wants[kGrad] && !wants[kUpdate];
+  // Whether whole rows of some length lie ready to be updated and summed in one loop, by one factor each: nothing of
+  // the step but the weights after the update is wanted, or everything.
+  bool takes_rows(bool unscales) const {
+    const bool all = wants[kBefore] && wants[kUpdated] && wants[kGrad] && wants[kUpdate];
+    const bool one = wants[kUpdated] && !wants[kBefore] && !wants[kGrad] && !wants[kUpdate];
+    return (one || (all && !unscales)) && path == kOnePass && units_per_tile == 1 && geometry.cols == 1 &&
+           !geometry.strided();
   }
   int64_t sum_size() const { return geometry.units * row_items * geometry.cols; }
   int64_t workspace_size() const { return path == kTwoPhases ? kSums * sum_size() + geometry.groups() : 0; }

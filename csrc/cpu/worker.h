@@ -109,7 +109,7 @@ class Worker {
     const TensorPlan& p = w.plan;
     if (p.path == TensorPlan::kOnePass) {
       const int64_t begin = item * p.units_per_item, end = std::min(p.geometry.units, begin + p.units_per_item);
-      if (kInPlace && call.update && p.only_rescales_rows()) return rescale_rows(call, w, begin, end);
+      if (kInPlace && call.update && p.takes_rows(call.grad_scale != 0)) return take_rows(call, w, begin, end);
       for (int64_t unit = begin; unit < end; unit += p.units_per_tile) {
         const int64_t units = std::min(p.units_per_tile, end - unit);
         with_run(call, w, unit * p.geometry.unit_size(), units * p.geometry.unit_size(), call.writes,
@@ -314,24 +314,28 @@ class Worker {
 
   // The usual work by itself: rows are updated and summed in one loop, in which the row before is scaled. The same bits
   // as by `tile`.
-  void rescale_rows(const Call<P>& call, const Work<C>& w, int64_t begin, int64_t end) {
-    const int64_t size = w.plan.geometry.unit_size();
-    start_sum(call, kUpdated, 1, size);
+  void take_rows(const Call<P>& call, const Work<C>& w, int64_t begin, int64_t end) {
+    static constexpr Sum kMeasuredToo[] = {kBefore, kGrad, kUpdate};
+    const TensorPlan& p = w.plan;
+    const int64_t size = p.geometry.unit_size();
+    start_sums(call, p, 1, size);
     C *behind = nullptr, factor = 1;
     for (int64_t row = begin; row < end; ++row) {
       const Cursor at = cursor(call, w, row * size);
       C* updated = reinterpret_cast<C*>(at.array[0]);
       UpdateArgs args = arguments(call, w, at, size, updated);
       args.squares = &accumulators_[kUpdated];
+      for (int k = 0; k < 3 && p.wants[kGrad]; ++k) args.measured[k] = &accumulators_[kMeasuredToo[k]];
       args.behind = behind;
       args.behind_factor = factor;
       call.update(args);
-      C squares;
-      call.sum.finish(accumulators_[kUpdated], &squares);
-      factor = projection_factor(w.plan.projection, C(0), square_root(squares));
-      behind = updated;
+      for (int k = 0; k < kSums; ++k) {
+        if (p.wants[k]) call.sum.finish(accumulators_[k], sums_[k].data());
+      }
+      conclude(call, w, row, 1, 0, &factor);
+      behind = p.scales() ? updated : nullptr;
     }
-    call.store.scale(behind, reinterpret_cast<P*>(behind), size, factor);
+    if (behind) call.store.scale(behind, reinterpret_cast<P*>(behind), size, factor);
   }
 
   // Whole units that fit the cache together: updated, summed and scaled before the next ones are read.
