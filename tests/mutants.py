@@ -108,6 +108,8 @@ MUTANTS = (
         "b.unit * p.geometry.cols + b.first_column;\n    for_runs",
         "b.unit * p.geometry.cols;\n    for_runs",
     ),
+    _leaves("u is measured by the gradient", "lanes[3 * length + j] += u * u;", "lanes[3 * length + j] += g * g;"),
+    _leaves("the rest of a gradient is its beginning", "(a.grad) + done, values, n);", "(a.grad), values, n);"),
     # the update
     _leaves("no last element", "Accumulator<C>::kLanes : n;", "Accumulator<C>::kLanes : n - 1;"),
     _leaves("maximize ignored", "a.maximize ? C(-1) : C(1)", "C(1)"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from calls import one_thread
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "digits" / "train.py"
 
@@ -36,3 +39,17 @@ def test_a_tiny_run(tmp_path):
             assert after == pytest.approx([1] * len(after), abs=3e-7)
         else:
             assert max(abs(a - b) for a, b in zip(before, after, strict=True)) > 1e-3
+
+
+def test_the_effect_on_batchnorm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """The script behind the table of docs/batchnorm.md: stale statistics show, and those that follow do not."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    with one_thread():  # which it sets, and which is set back
+        runpy.run_path(str(SCRIPT.parent / "batchnorm.py"))["main"](["--epochs", "2"])
+    first = capsys.readouterr().out.split("\n\n")[0].splitlines()[-3:]
+    (plain,), (stale, moved), (followed, rounding) = (
+        [float(word) for word in re.findall(r"[\d.e-]+$|[\d.]+(?= )", line)] for line in first
+    )
+    assert plain == followed
+    assert stale != plain
+    assert moved > 1000 * rounding
