@@ -128,14 +128,14 @@ def measure(monkeypatch: pytest.MonkeyPatch, wanted: Callable[[], bool]) -> None
     monkeypatch.setattr(dispatch, "launch", launch)
 
 
-def test_a_table_that_was_written_twice_is_brought_whole(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_was_written_twice_is_brought_whole(device: Device) -> None:
     """What needs a larger workspace is laid out once for the small one, and again for the large one."""
     params = params_of((2, 20001), *[(40, 50)] * 40)  # so many that the table itself need not grow
-    optimizer = sgd(params, rescale=fastwrs.Rescale())
+    optimizer = sgd(params)
     optimizer.step()
     (table,) = memory_of(optimizer).tables.values()
     host = table.host
-    measure(monkeypatch, lambda: True)
+    optimizer.param_groups[0]["rescale"] = fastwrs.Rescale()
     optimizer.step()
     assert len(optimizer._workspaces[CPU]) == 2, "the workspace did not have to grow"
     assert [*memory_of(optimizer).tables.values()] == [table] and table.host is host, "it is another table"
@@ -222,6 +222,16 @@ def test_plans_that_take_turns_keep_their_tables(device: Device) -> None:
         before = device.allocations
         optimizer.step()
         assert turn < 8 or device.allocations == before
+
+
+def test_steps_that_are_measured_have_a_table_of_their_own(device: Device) -> None:
+    """So that neither is laid out anew when they take turns."""
+    optimizer = sgd(params_of((40, 50), (7, 9)), rescale=fastwrs.Rescale())
+    with fastwrs.Monitor(optimizer, every=2):
+        for _ in range(6):
+            optimizer.step()
+    assert len(memory_of(optimizer).tables) == 2
+    assert [id(table) for table in device.launched[:2]] * 3 == [id(table) for table in device.launched]
 
 
 def test_a_traced_step_finds_its_memory_again(device: Device) -> None:

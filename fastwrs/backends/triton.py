@@ -199,7 +199,7 @@ def _tables_for(call: StepCall, memory: _Memory, walk: bool) -> tuple[dict[Any, 
 
     Another list of parameters under the same key costs time only: what has changed in a table is always found.
     """
-    key = len(call.params), id(call.params[0]), id(call.params[-1]), walk
+    key = len(call.params), id(call.params[0]), id(call.params[-1]), walk, call.measured is not None
     if is_captured(call):
         return memory.reserved, key
     return memory.tables, (_stream_of(call.params[0].device), *key)
