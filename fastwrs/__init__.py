@@ -8,13 +8,15 @@ from fastwrs.batchnorm import follow_batchnorm
 from fastwrs.dispatch import backends
 from fastwrs.groups import param_groups
 from fastwrs.monitor import Monitor
-from fastwrs.optim import SGD, Adam, AdamW
+from fastwrs.optim import SGD, SGDP, Adam, AdamP, AdamW
 from fastwrs.options import Rescale, Shrink
 from fastwrs.projection import channel_norms, rescale_
 
 __all__ = [
     "SGD",
+    "SGDP",
     "Adam",
+    "AdamP",
     "AdamW",
     "Monitor",
     "Rescale",

@@ -317,7 +317,7 @@ def _why_not(rule: Rule, param: Tensor, grad: Tensor, mine: State, slots: tuple[
 def incomplete(rule: Rule, mine: Mapping[str, Any]) -> str:
     """What the state of a parameter lacks, given what else is in it; empty if it can be used as it is."""
     needed = [slot.name for slot in rule.slots if slot.when is None]
-    needed = [*needed, STEP] if needed else []
+    needed = [*needed, STEP] if needed and rule.counts else needed
     missing = [name for name in needed if mine.get(name) is None]
     return ", ".join(missing) if len(missing) < len(needed) else ""
 

@@ -52,6 +52,8 @@ class Slot:
 
     name: str
     when: str | None = None
+    elsewhere: str | None = None
+    """The key that it has in the state dicts of the authors' package, where that is another one."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class Rule:
     hypers: tuple[Hyper, ...]
     slots: tuple[Slot, ...]
     source: str
+    gated: bool = False
+    """Whether a look at each whole tensor comes before its weights change: states first, then weights."""
+    counts: bool = True
+    """Whether the formula has the step count in it; if not, states without one are those after a first step."""
 
     @property
     def record(self) -> tuple[Hyper, ...]:
@@ -96,6 +102,7 @@ _SGD = Rule(
     ),
     slots=(Slot("momentum_buffer", when="momentum"),),
     source="torch.optim.SGD; Sutskever et al., On the importance of initialization and momentum, ICML 2013",
+    counts=False,
 )
 
 _ADAM = Rule(
@@ -112,7 +119,38 @@ _ADAM = Rule(
     "Reddi et al. (AMSGrad), ICLR 2018",
 )
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (_SGD, _ADAM)}
+_GATE = (
+    Hyper("eps", low=0.0),
+    Hyper("weight_decay", low=0.0),
+    Hyper("delta"),
+    Hyper("wd_ratio", low=0.0),
+    Hyper("nesterov", flag=True),
+)
+_GATE_SOURCE = "Heo et al., AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights, ICLR 2021"
+
+_ADAMP = Rule(
+    name="adamp",
+    hypers=(Hyper("beta1", low=0.0, high=1.0), Hyper("beta2", low=0.0, high=1.0), *_GATE),
+    slots=(Slot("exp_avg"), Slot("exp_avg_sq")),
+    source=_GATE_SOURCE,
+    gated=True,
+)
+
+_SGDP = Rule(
+    name="sgdp",
+    hypers=(
+        Hyper("momentum", low=0.0, high=1.0),
+        Hyper("dampening"),
+        *_GATE,
+        Hyper("project_momentum", flag=True),
+    ),
+    slots=(Slot("momentum_buffer", elsewhere="momentum"),),
+    source=_GATE_SOURCE,
+    gated=True,
+    counts=False,
+)
+
+RULES: dict[str, Rule] = {rule.name: rule for rule in (_SGD, _ADAM, _ADAMP, _SGDP)}
 """All rules by name."""
 
 MEASURED = (

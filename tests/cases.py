@@ -87,12 +87,12 @@ class Case:
 
     @property
     def rule(self) -> str:
-        return OPTIONS[self.option].rule
+        return ALL_OPTIONS[self.option].rule
 
     @property
     def slots(self) -> tuple[str, ...]:
         """The names of the states, in the order of the op."""
-        return OPTIONS[self.option].slots
+        return ALL_OPTIONS[self.option].slots
 
     @property
     def numel(self) -> int:
@@ -101,7 +101,7 @@ class Case:
     def hyper(self, row: int) -> dict[str, float]:
         """Record number ``row`` by name."""
         common = {"lr_tensor": -1, "every": 0, "start": 0, "stop": NO_STOP, "target": 1, "rate": 0, "power": 1}
-        values = common | OPTIONS[self.option].hyper | dict(self.records[row])
+        values = common | ALL_OPTIONS[self.option].hyper | dict(self.records[row])
         return {hyper.name: float(values.get(hyper.name, 0)) for hyper in RULES[self.rule].record}
 
     def build(self, device: str = "cpu") -> Call:
@@ -127,6 +127,16 @@ def _adam(*, amsgrad: bool = False, **hyper: float) -> Option:
     return Option("adam", slots, {"lr": 0.003, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8} | hyper)
 
 
+def _adamp(**hyper: float) -> Option:
+    betas = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+    return Option("adamp", ("exp_avg", "exp_avg_sq"), {"lr": 0.004, "delta": 0.1, "wd_ratio": 0.1} | betas | hyper)
+
+
+def _sgdp(**hyper: float) -> Option:
+    gate = {"delta": 0.1, "wd_ratio": 0.1, "eps": 1e-8, "project_momentum": 1}
+    return Option("sgdp", ("momentum_buffer",), {"lr": 0.05, "momentum": 0.9} | gate | hyper)
+
+
 OPTIONS: dict[str, Option] = {
     "sgd": _sgd(),
     "sgd.wd.max": _sgd(weight_decay=0.03, maximize=1),
@@ -147,6 +157,24 @@ OPTIONS: dict[str, Option] = {
     "adamw.max": _adam(decoupled_weight_decay=1, weight_decay=0.2, maximize=1, beta1=0.6, eps=1e-4, lr=0.02),
 }
 """Rule options by name; `fresh`, the step count and lr as a tensor are swept elsewhere."""
+
+# Gradients here know nothing of their weights: the cosine of a row of n elements is about 1 / sqrt(n), so that a delta of
+# 6 opens nearly every gate by its rows, one of 1 some, mostly as a whole, and one of 0.1 hardly any.
+GATED: dict[str, Option] = {
+    "adamp": _adamp(weight_decay=0.2),
+    "adamp.open": _adamp(delta=6.0, weight_decay=0.3, wd_ratio=0.4),
+    "adamp.some": _adamp(delta=1.0, beta1=0.5, beta2=0.9, eps=1e-3, weight_decay=0.1),
+    "adamp.nesterov": _adamp(delta=6.0, nesterov=1, weight_decay=0.2, wd_ratio=0.5, maximize=1),
+    "adamp.beta0": _adamp(delta=1.0, nesterov=1, beta1=0.0, beta2=0.5),
+    "sgdp": _sgdp(weight_decay=0.03, dampening=0.3),
+    "sgdp.open": _sgdp(delta=6.0, weight_decay=0.05, wd_ratio=0.4),
+    "sgdp.apart": _sgdp(delta=6.0, momentum=0.7, weight_decay=0.02, project_momentum=0, maximize=1),
+    "sgdp.some": _sgdp(delta=1.0, momentum=0.6, dampening=0.1, eps=1e-3),
+    "sgdp.nesterov": _sgdp(delta=6.0, nesterov=1, weight_decay=0.04, wd_ratio=0.2),
+    "sgdp.momentum0": _sgdp(delta=1.0, momentum=0.0, weight_decay=0.1, lr=0.02),
+}
+"""Options of the rules with a gate, which have cases of their own."""
+ALL_OPTIONS = OPTIONS | GATED
 
 DTYPES = (
     ("float32", "float32", "float32"),
@@ -218,7 +246,8 @@ def _values(tensor: TensorCase, case: Case, generator: torch.Generator) -> tuple
         else:
             states[slot] = signed(-2, 1) * scale * 0.4
         if tensor.t == 1 or tensor.fresh:  # nothing there yet: zeros if the rule reads it, poison if it must not
-            states[slot].fill_(math.nan if slot == "momentum_buffer" else 0.0)
+            starts_as_gradient = slot == "momentum_buffer" and case.rule == "sgd"
+            states[slot].fill_(math.nan if starts_as_gradient else 0.0)
     reduced = [dims is None or dim in dims for dim in range(len(shape))]
     group = tuple(slice(None) if all_of_it else slice(0, 1) for all_of_it in reduced)
     one = tuple(slice(n // 2 * r, n // 2 * r + 1) for n, r in zip(shape, reduced, strict=True))
@@ -457,7 +486,61 @@ def _make_cases() -> list[Case]:
     for dtypes in (DTYPES[0], DTYPES[3]):
         tensors = [tensor((6, 5, 3, 3), axis=axis, data="inf") for axis in ("out", "in", "tensor")]
         add("data", "sgd.mom", tensors, "rescale", dtypes=dtypes)
+    _add_gated(add, tensor)
     return cases
+
+
+def _add_gated(add: Callable[..., None], tensor: Callable[..., TensorCase]) -> None:
+    """The rules with a gate: rows of dimension 0 are looked at, whatever the norm groups are."""
+    some_gated, some_dtypes = _Deck(GATED), _Deck(DTYPES)
+
+    def gated(theme: str, tensors: list[TensorCase], option: str | None = None, project: str | None = None,
+              **more: Any) -> None:  # fmt: skip
+        option = option or some_gated.deal()
+        add(theme, option, tensors, project, **({"dtypes": some_dtypes.deal()} | more))
+
+    for option in GATED:
+        for k, dtypes in enumerate(DTYPES):
+            more = {"measured": k % 2 == 0}
+            gated("gate", [tensor((8, 16, 3, 3)), tensor((13, 29)), tensor()], option, dtypes=dtypes, **more)
+    for k, shape in enumerate(SHAPES_CONV + SHAPES_CONV3D + SHAPES_EDGE + SHAPES_SMALL + SHAPES_1D + SHAPES_3D):
+        gated("gate", [tensor(shape)], measured=k % 2 == 0)
+    for shape in SHAPES_LARGE:
+        for axis in ("out", "tensor", (0,)):
+            gated("gate", [tensor(shape, axis=axis)])
+    for shape in ((5, 7, 3, 3), (13, 29)):
+        for first in filter(lambda layout: _fits(layout, shape), LAYOUTS):
+            for second in ("c", "tr"):
+                for axis in ("out", "in"):
+                    gated("gate", [tensor(shape, axis=axis, layouts=(first, second, first))])
+    for k, shape in enumerate(SHAPES_LONG):
+        gated("gate", [tensor(shape, axis=("out", "tensor", None, (0,))[k % 4], layouts=(("c", "off")[k % 2],) * 3)])
+    for shape, axis in COLUMNS:
+        gated("gate", [tensor(shape, axis=axis, layouts=("c",) * 3)], project="rescale", measured=False)
+        gated("gate", [tensor(shape, axis=axis, layouts=("tr",) * 3)])
+    for data in DATA:
+        extreme = data in ("tiny", "huge")  # as above; and a norm below eps has no gate of its own
+        dtypes = [names for names in DTYPES if not extreme or names[0] in ("float32", "float64")]
+        for option in ("sgdp.open", "sgdp.some") if extreme else ("adamp.open", "sgdp.open", "adamp.some"):
+            pair = [tensor(shape, data=data) for shape in ((6, 5, 3, 3), (9, 33))]
+            gated("gate", pair, option, dtypes=dtypes[len(data) % len(dtypes)])
+    for option, k in (("adamp.open", 3), ("adamp.nesterov", 5), ("sgdp.open", 0), ("sgdp.nesterov", 4)):
+        variants: list[tuple[str, str, dict[str, Any]]] = [
+            ("rescale", "scale3", {"grad_scale": 3.0}),
+            ("rescale", "scale1024", {"grad_scale": 1024.0, "measured": False}),
+            ("rescale", "found1", {"grad_scale": 8.0, "found_inf": 1.0}),
+            ("both2", "lr.float32", {"lr_tensor": "float32"}),
+            ("shrink", "lr0.float64", {"lr_tensor": "float64", "numbers": {"lr": 0.0}}),
+        ]
+        for project, tags, more in variants:
+            tensors = [tensor(), tensor((13, 29), axis="out"), tensor((40, 50)), TensorCase((0,), None)]
+            gated("gate", tensors, option, project, tags=tags, dtypes=DTYPES[k], **more)
+    rows = ((("delta", 6.0), ("every", 1)), (("delta", 0.0), ("rate", 2.0)), (("nesterov", 1), ("delta", 1.0)))
+    for option in ("adamp", "sgdp"):
+        mixed = [tensor(row=k % 3) for k in range(30)]
+        gated("gate", [*mixed, tensor((2, 16385), row=0)], option, records=rows, grad_scale=2.0, tags="records")
+        gated("gate", [tensor((k % 7 + 1, k % 5 + 1)) for k in range(30)], option, tags="tiny30")
+        gated("gate", [TensorCase((3, 0), "out"), TensorCase((0, 4), (0,)), TensorCase((), None)], option, tags="empty")
 
 
 CASES: list[Case] = _make_cases()

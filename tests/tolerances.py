@@ -7,6 +7,7 @@ formula loses when it is run in the kernel's compute type with the same final ro
 **Ulps of what.** Of the largest number that an element's result is a sum of: a sum cannot be better than its terms.
 
 - A parameter: ``max(|w before|, |w after|, |lr * u|)``.
+- What a gate takes out of the step (AdamP, SGDP) is one more term of u, and of a state that is projected with it.
 - A state: ``max(|before|, |after of the magnitudes|)``, where the second is the state that the oracle computes from the
   absolute values of all inputs without ``maximize``. Nothing cancels there, so it bounds every term: in
   ``beta1 * m + (1 - beta1) * g`` the gradient may cancel the moment, and with coupled weight decay ``g`` is itself the
@@ -33,14 +34,14 @@ from calls import Call, one_thread
 from torch import Tensor
 
 from fastwrs import reference
-from fastwrs.spec import MEASURED
+from fastwrs.spec import MEASURED, RULES
 
 NORM_BOUND = {torch.float64: 3e-7 * 2.0**-29, torch.float32: 3e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 """After a rescale a norm may differ from its target by this much, relative; fp64 has as many ulps as fp32."""
 RESCALED_TWICE_ULPS = 6
 """Rescaling what is rescaled already moves no fp32 element by more."""
 
-CROWD, MOST_COPIES, SPREAD = 4096, 1024, 2.0**-5
+CROWD, MOST_COPIES, MOST_COPIES_APART, SPREAD = 4096, 1024, 32, 2.0**-5
 
 
 @dataclass(frozen=True)
@@ -192,15 +193,19 @@ def _truth(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         param=inputs.param.abs(),
         grad=inputs.grad.abs(),
         states={name: state.abs() for name, state in inputs.states.items()},
-        hyper={**inputs.hyper, "maximize": 0},
+        hyper={**inputs.hyper, "maximize": 0} | ({"delta": 0} if RULES[inputs.rule].gated else {}),
     ).run(torch.float64)
+    removed = torch.zeros_like(right.update) if right.removed is None else right.removed.abs()
     before = {"param": inputs.param, **inputs.states}
     truth = {"param": right.param, "grad": right.grad, **right.states}
-    scales = {name: _largest(before[name], summed.states[name]) for name in inputs.states}
-    scales["param"] = _largest(inputs.param, right.param, inputs.lr * right.update)
+    in_states = inputs.hyper.get("project_momentum") and not inputs.hyper["nesterov"]
+    projected = removed if in_states else torch.zeros_like(removed)
+    scales = {name: _largest(before[name], summed.states[name], projected) for name in inputs.states}
+    scales["param"] = _largest(inputs.param, right.param, inputs.lr * right.update, inputs.lr * removed)
     scales["grad"] = right.grad.abs()
     if right.measured is not None and summed.measured is not None:
         truth["measured"] = right.measured
+        summed.measured[:, MEASURED.index("update_norm")] += reference.group_norms(removed, inputs.dims or ()).flatten()
         scales["measured"] = _measured_scales(right.measured, summed.measured, inputs.lr)
     return truth, scales
 
@@ -231,6 +236,9 @@ def _norm_slack(inputs: Inputs) -> Tensor:
     rounded: dict[str, torch.dtype] = dict.fromkeys(of_weights, inputs.param.dtype)
     if inputs.grad_scale is not None:  # "as the user sees it"
         rounded["grad_norm"] = inputs.grad.dtype
+    if RULES[inputs.rule].gated:  # the step is made when the states have been stored
+        (stored,) = {state.dtype for state in inputs.states.values()}
+        rounded |= {"update_norm": stored, "effective_grad_norm": stored}
     # what is measured is stored in fp32, for fp64 too
     bounds = [max(NORM_BOUND[torch.float32], NORM_BOUND[rounded.get(name, torch.float32)]) for name in MEASURED]
     return torch.tensor(bounds, dtype=torch.float64)
@@ -238,7 +246,15 @@ def _norm_slack(inputs: Inputs) -> Tensor:
 
 def _budgets(inputs: Inputs) -> dict[str, float]:
     """Ulps that a kernel may lose, by name: twice the loss of the oracle's formula in the compute type, plus 1."""
-    crowd = _crowd(inputs)
+    budgets: dict[str, float] = {}
+    for crowd in _crowds(inputs):
+        for name, loss in _losses(crowd).items():
+            budgets[name] = max(budgets.get(name, 0.0), 2 * loss + 1)
+    return budgets
+
+
+def _losses(crowd: Inputs) -> dict[str, float]:
+    """What the oracle's formula loses in the compute type, in ulps, by name."""
     formula = crowd.run(torch.float32)
     truth, scales = _truth(crowd)
     stored = {"param": crowd.param.dtype, "grad": crowd.grad.dtype, "measured": torch.float32}
@@ -246,16 +262,21 @@ def _budgets(inputs: Inputs) -> dict[str, float]:
     found = {"param": formula.param, "grad": formula.grad, **formula.states}
     if formula.measured is not None:
         found["measured"] = formula.measured
-    budgets = {}
+    losses = {}
     for name, tensor in found.items():
         loss = _loss(tensor.to(stored[name]), truth[name], scales[name], stored[name])
-        budgets[name] = 2 * float(loss[loss.isfinite()].max() if loss.isfinite().any() else 0.0) + 1
-    return budgets
+        losses[name] = float(loss[loss.isfinite()].max() if loss.isfinite().any() else 0.0)
+    return losses
 
 
-def _crowd(inputs: Inputs) -> Inputs:
-    """Copies of small inputs, each number a little off, along a new first dimension; fp64 becomes fp32."""
+def _crowds(inputs: Inputs) -> list[Inputs]:
+    """Copies of small inputs, each number a little off, along a new first dimension; fp64 becomes fp32.
+
+    A gate looks at dimension 0 and at the tensor as a whole: its copies stay apart.
+    """
     copies = min(MOST_COPIES, math.ceil(CROWD / max(1, inputs.param.numel())))
+    apart = RULES[inputs.rule].gated
+    copies = min(copies, MOST_COPIES_APART) if apart else copies
     generator = torch.Generator().manual_seed(1)
 
     def spread(tensor: Tensor) -> Tensor:
@@ -265,10 +286,16 @@ def _crowd(inputs: Inputs) -> Inputs:
         moved = 1 + SPREAD * (2 * torch.rand((copies, *tensor.shape), generator=generator, dtype=torch.float64) - 1)
         return (moved * tensor.double()).to(dtype)
 
-    return replace(
+    crowd = replace(
         inputs,
         param=spread(inputs.param),
         grad=spread(inputs.grad),
         states={name: spread(state) for name, state in inputs.states.items()},
         dims=None if inputs.dims is None else tuple(dim + 1 for dim in inputs.dims),
     )
+    return [_member(crowd, k, inputs.dims) for k in range(copies)] if apart else [crowd]
+
+
+def _member(crowd: Inputs, k: int, dims: tuple[int, ...] | None) -> Inputs:
+    states = {name: state[k] for name, state in crowd.states.items()}
+    return replace(crowd, param=crowd.param[k], grad=crowd.grad[k], states=states, dims=dims)

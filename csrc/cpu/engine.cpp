@@ -132,18 +132,34 @@ void conclude_empty(const Call<P>& call, const TensorView& view) {
   }
 }
 
+// `gates`: for a rule with a gate, what its first pass works on, one for each of `works`.
 template <class P>
-void run_call(Call<P>& call, std::vector<Work<compute_t<P>>>& works, void* workspace, int64_t workspace_bytes,
-              const Threads& threads) {
+void run_call(Call<P>& call, std::vector<Work<compute_t<P>>>& gates, std::vector<Work<compute_t<P>>>& works,
+              void* workspace, int64_t workspace_bytes, const Threads& threads) {
   using C = compute_t<P>;
   static WorkerPool<P> pool;
   static thread_local std::vector<C> own_workspace;
 
   call.store = Loops<P>::store(leaves());
   call.sum = Loops<P>::sum(leaves());
+  Phase<P> advance(call, gates, &Worker<P>::advance_states), rows(call, gates, &Worker<P>::finish_rows),
+      decide(call, gates, &Worker<P>::decide);
   Phase<P> first(call, works, &Worker<P>::first_phase), finish(call, works, &Worker<P>::finish),
       scale(call, works, &Worker<P>::scale);
   int64_t needed = 0;
+  for (size_t i = 0; i < gates.size(); ++i) {
+    TensorPlan& p = gates[i].plan;
+    p.cut();
+    const bool gated = p.sums() && p.items > 0, in_parts = p.path == TensorPlan::kTwoPhases;
+    const int64_t groups = p.geometry.groups();
+    gates[i].gate = works[i].gate = gated ? needed : -1;
+    if (gated) needed += kGateRows + kGateSums * groups;
+    p.workspace = needed;
+    needed += p.workspace_size();
+    advance.add(p.items, p.geometry.numel());
+    rows.add(gated && in_parts ? p.geometry.units * p.strips : 0, p.sum_size());
+    decide.add(gated ? 1 : 0, kGateSums * groups);
+  }
   for (Work<C>& w : works) {
     TensorPlan& p = w.plan;
     p.cut();
@@ -164,8 +180,11 @@ void run_call(Call<P>& call, std::vector<Work<compute_t<P>>>& works, void* works
     call.workspace = own_workspace.data();
   }
   auto workers = pool.take(threads.count);
-  for (auto& worker : workers) worker->reserve(call, works);
+  for (auto& worker : workers) worker->reserve(call, gates, works);
 
+  advance.run(workers, threads);
+  rows.run(workers, threads);
+  decide.run(workers, threads);
   first.run(workers, threads);
   finish.run(workers, threads);
   scale.run(workers, threads);
@@ -205,16 +224,48 @@ struct ScalarCache {
   }
 };
 
+// What a rule's gate has to know, in fields of the tensor's work; for a rule without one nothing.
+template <class Rule, class C>
+void fill_gate_of([[maybe_unused]] const double* h, [[maybe_unused]] Work<C>& w) {
+  if constexpr (Rule::kGated) {
+    w.gate_eps = C(h[Rule::kEps]);
+    w.gate_delta = C(h[Rule::kDelta]);
+    w.nesterov = h[Rule::kNesterov] != 0;
+  }
+}
+template <class C>
+void fill_gate(int rule, const double* h, Work<C>& w) {
+  int index = 0;
+#define FASTWRS_RULE(Rule) \
+  if (rule == index++) fill_gate_of<Rule>(h, w);
+  FASTWRS_RULES(FASTWRS_RULE)
+#undef FASTWRS_RULE
+}
+
+// The tensor as its gate sees it: a row for each index of dimension 0. One of less than two dimensions has no gate.
+TensorView view_of_gate(const TensorView& view) {
+  TensorView rows = view;
+  rows.reduced = view.dims < 2 ? 0 : ((int64_t(1) << view.dims) - 1) & ~int64_t(1);
+  rows.norm_row = -1;
+  return rows;
+}
+
 template <class P>
 void step_typed(const StepJob& job, const Threads& threads) {
   using C = compute_t<P>;
   Call<P> call;
+  call.advance = leaves().advance(job.rule, job.dtypes.param, job.dtypes.grad, job.dtypes.state);
   call.update = leaves().update(job.rule, job.slots, job.dtypes.param, job.dtypes.grad, job.dtypes.state);
   call.dtypes = job.dtypes;
   call.grad_scale = job.grad_scale.value;
   call.measured = job.measured;
   static thread_local std::vector<Work<C>> works;  // kept, for a long list costs more to allocate than to fill
   works.assign(job.tensors.size(), Work<C>());
+  static thread_local std::vector<Work<C>> gates;
+  static thread_local std::vector<TensorView> gate_views;
+  gates.clear();
+  gate_views.clear();
+  gate_views.reserve(job.tensors.size());  // works point to them
   std::vector<float> finished(job.tensors.size());
   ScalarCache scalars;
   for (size_t i = 0; i < works.size(); ++i) {
@@ -234,8 +285,17 @@ void step_typed(const StepJob& job, const Threads& threads) {
     w.plan.wants[kUpdated] = measure || w.plan.projection.rescale;
     w.plan.wants[kGrad] = w.plan.wants[kUpdate] = measure;
     w.plan.geometry = geometry_of(*w.view, w.plan.sums());
+    if (!call.advance) continue;
+    fill_gate(job.rule, s.rule_record, w);
+    gate_views.push_back(view_of_gate(*w.view));
+    gates.push_back(w);
+    Work<C>& gate = gates.back();
+    gate.view = &gate_views.back();
+    gate.plan = TensorPlan();
+    std::fill_n(gate.plan.wants, int(kSums), gate.view->reduced != 0);
+    gate.plan.geometry = geometry_of(*gate.view, gate.plan.sums());
   }
-  run_call(call, works, job.workspace, job.workspace_bytes, threads);
+  run_call(call, gates, works, job.workspace, job.workspace_bytes, threads);
   for (size_t i = 0; i < works.size(); ++i) *job.steps[i].step = finished[i];
 }
 
@@ -254,7 +314,8 @@ void project_typed(const std::vector<TensorView>& tensors, const double* target,
     works[i].plan.wants[kUpdated] = true;
     works[i].plan.geometry = geometry_of(tensors[i], true);
   }
-  run_call(call, works, nullptr, 0, threads);
+  std::vector<Work<C>> no_gates;
+  run_call(call, no_gates, works, nullptr, 0, threads);
 }
 
 // Calls body with a value of the C++ type that `dtype` names.

@@ -39,20 +39,26 @@ inline void close_block(Accumulator<C>& a) {
   a.turns = 0;
 }
 
+enum class Term { kValue, kSquare, kProduct };
+template <Term kTerm, class T>
+inline T term(T x, T y) {
+  return kTerm == Term::kValue ? x : kTerm == Term::kSquare ? x * x : x * y;
+}
+
 // Whole blocks. Returns how many elements that were.
-template <class Lane, bool kSquare, class C>
-inline int64_t add_blocks(Accumulator<C>& a, const C* x, int64_t n) {
+template <class Lane, Term kTerm, class C>
+inline int64_t add_blocks(Accumulator<C>& a, const C* x, const C* y, int64_t n) {
   const int64_t width = a.width * int64_t(sizeof(C)) / int64_t(sizeof(Lane)),
                 block_size = Accumulator<C>::kTurns * a.width;
   const int64_t blocks = n / block_size;
   for (int64_t block = 0; block < blocks; ++block) {
     const Lane* __restrict turns = reinterpret_cast<const Lane*>(x + block * block_size);
+    const Lane* __restrict others = reinterpret_cast<const Lane*>(y + block * block_size);
     Lane* __restrict lanes = reinterpret_cast<Lane*>(a.levels);
     for (int64_t j = 0; j < width; ++j) {
       Lane sum{};
       for (int64_t turn = 0; turn < Accumulator<C>::kTurns; ++turn) {
-        const Lane value = turns[turn * width + j];
-        sum += kSquare ? value * value : value;
+        sum += term<kTerm>(turns[turn * width + j], others[turn * width + j]);
       }
       lanes[j] = sum;
     }
@@ -61,20 +67,22 @@ inline int64_t add_blocks(Accumulator<C>& a, const C* x, int64_t n) {
   return blocks * block_size;
 }
 
-template <class C, bool kSquare>
-void add(Accumulator<C>& a, const C* __restrict x, int64_t n) {
+template <class C, Term kTerm>
+void add_terms(Accumulator<C>& a, const C* __restrict x, const C* __restrict y, int64_t n) {
   const bool sixteen = a.width % 16 == 0;
   if (a.position == 0 && a.turns == 0) {
     const int64_t done =
-        sixteen ? add_blocks<typename Sixteen<C>::type, kSquare>(a, x, n) : add_blocks<C, kSquare>(a, x, n);
+        sixteen ? add_blocks<typename Sixteen<C>::type, kTerm>(a, x, y, n) : add_blocks<C, kTerm>(a, x, y, n);
     x += done;
+    y += done;
     n -= done;
   }
   while (n > 0) {
     const int64_t rest = a.width - a.position, m = n < rest ? n : rest;
     C* __restrict lanes = a.levels + a.position;
-    for (int64_t j = 0; j < m; ++j) lanes[j] += kSquare ? x[j] * x[j] : x[j];
+    for (int64_t j = 0; j < m; ++j) lanes[j] += term<kTerm>(x[j], y[j]);
     x += m;
+    y += m;
     n -= m;
     a.position += m;
     if (a.position == a.width) {
@@ -82,6 +90,11 @@ void add(Accumulator<C>& a, const C* __restrict x, int64_t n) {
       if (++a.turns == Accumulator<C>::kTurns) sixteen ? close_block<typename Sixteen<C>::type>(a) : close_block<C>(a);
     }
   }
+}
+
+template <class C, bool kSquare>
+void add(Accumulator<C>& a, const C* x, int64_t n) {
+  add_terms<C, kSquare ? Term::kSquare : Term::kValue>(a, x, x, n);
 }
 
 template <class Lane, class C>
@@ -293,16 +306,118 @@ void update(const UpdateArgs& a) {
   if (sum) add<C, true>(*sum, static_cast<const C*>(a.updated) + done, a.n - done);
 }
 
+// The first pass of a rule with a gate: states, and what the gate's sums are made of.
+template <class Rule, class P, class G, class S>
+void advance(const AdvanceArgs& a) {
+  using C = compute_t<P>;
+  constexpr int kSlots = Rule::kMaxSlots;
+  const auto s = *static_cast<const typename Rule::template Scalars<C>*>(a.scalars);
+  const P* __restrict param = static_cast<const P*>(a.param);
+  G* __restrict grad = static_cast<G*>(a.grad);
+  S* __restrict state0 = static_cast<S*>(a.state[0]);
+  S* __restrict state1 = static_cast<S*>(a.state[1]);
+  C* __restrict weights = static_cast<C*>(a.weights);
+  C* __restrict slope = static_cast<C*>(a.slope);
+  C* __restrict step = static_cast<C*>(a.step);
+  const bool unscale = a.grad_scale != 0, writes = unscale && a.unscales;
+  const C grad_scale = unscale ? C(a.grad_scale) : C(1), sign = a.maximize ? C(-1) : C(1);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < a.n; ++i) {
+    C g = C(widen(grad[i])) / grad_scale;
+    if (writes) grad[i] = narrow(g, G());
+    g *= sign;
+    C state[kSlots];
+    state[0] = C(widen(state0[i]));
+    if (kSlots > 1) state[1] = C(widen(state1[i]));
+    Rule::advance(g, state, s);
+    // The second pass reads what is stored: the gate judges the step that it will make of that.
+    state0[i] = narrow(state[0], S());
+    state[0] = C(widen(narrow(state[0], S())));
+    if (kSlots > 1) {
+      state1[i] = narrow(state[1], S());
+      state[1] = C(widen(narrow(state[1], S())));
+    }
+    weights[i] = C(widen(param[i]));
+    slope[i] = g;
+    step[i] = Rule::direction(g, state, s);
+  }
+}
+
+// The second pass. kReads: the rule looks at the gradient once more.
+template <class Rule, class P, class G, class S, bool kReads, bool kEach>
+inline void update_gated_run(const UpdateArgs& a) {
+  using C = compute_t<P>;
+  const auto s = *static_cast<const typename Rule::template Scalars<C>*>(a.scalars);
+  const P* __restrict param = static_cast<const P*>(a.param);
+  G* __restrict grad = static_cast<G*>(a.grad);
+  S* __restrict state0 = static_cast<S*>(a.state[0]);
+  const S* __restrict state1 = static_cast<const S*>(a.state[1]);
+  C* __restrict updated = static_cast<C*>(a.updated);
+  C* __restrict step = static_cast<C*>(a.step);
+  const C* __restrict along_each = static_cast<const C*>(a.along_each);
+  const bool unscale = a.grad_scale != 0, wants_step = a.step != nullptr, open = a.open;
+  const C grad_scale = unscale ? C(a.grad_scale) : C(1), sign = a.maximize ? C(-1) : C(1), along = C(a.along);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < a.n; ++i) {
+    C w = std::is_same_v<P, C> ? updated[i] : C(widen(param[i])), g = 0;
+    if (kReads) {
+      g = C(widen(grad[i])) / grad_scale;
+      if (unscale) grad[i] = narrow(g, G());
+    }
+    C state[2] = {C(widen(state0[i])), C(0)};
+    if (Rule::kMaxSlots > 1) state[1] = C(widen(state1[i]));
+    const C u = Rule::update(w, g * sign, state, kEach ? along_each[i] : along, open, s);
+    if (Rule::kChangesStateAgain && open) state0[i] = narrow(state[0], S());
+    updated[i] = w;
+    if (wants_step) step[i] = u;
+  }
+}
+
+template <class Rule, class P, class G, class S>
+void update_gated(const UpdateArgs& a) {
+  using C = compute_t<P>;
+  const bool reads = static_cast<const typename Rule::template Scalars<C>*>(a.scalars)->nesterov != 0;
+  if (reads) {
+    a.along_each ? update_gated_run<Rule, P, G, S, true, true>(a) : update_gated_run<Rule, P, G, S, true, false>(a);
+  } else {
+    a.along_each ? update_gated_run<Rule, P, G, S, false, true>(a) : update_gated_run<Rule, P, G, S, false, false>(a);
+  }
+}
+
 using Update = void (*)(const UpdateArgs&);
 
 template <class Rule, int kSlots>
 Update find_triple(Dtype param, Dtype grad, Dtype state) {
 #define FASTWRS_TRIPLE(P, G, S)                                                                \
   if (param == DtypeOf<P>::value && grad == DtypeOf<G>::value && state == DtypeOf<S>::value) { \
-    return &update<Rule, kSlots, P, G, S>;                                                     \
+    if constexpr (Rule::kGated) {                                                              \
+      return &update_gated<Rule, P, G, S>;                                                     \
+    } else {                                                                                   \
+      return &update<Rule, kSlots, P, G, S>;                                                   \
+    }                                                                                          \
   }
   FASTWRS_DTYPE_TRIPLES(FASTWRS_TRIPLE)
 #undef FASTWRS_TRIPLE
+  return nullptr;
+}
+
+template <class Rule>
+Advance find_advance_of([[maybe_unused]] Dtype param, [[maybe_unused]] Dtype grad, [[maybe_unused]] Dtype state) {
+  if constexpr (Rule::kGated) {
+#define FASTWRS_TRIPLE(P, G, S) \
+  if (param == DtypeOf<P>::value && grad == DtypeOf<G>::value && state == DtypeOf<S>::value) return &advance<Rule, P, G, S>;
+    FASTWRS_DTYPE_TRIPLES(FASTWRS_TRIPLE)
+#undef FASTWRS_TRIPLE
+  }
+  return nullptr;
+}
+
+Advance find_advance(int rule, Dtype param, Dtype grad, Dtype state) {
+  int index = 0;
+#define FASTWRS_RULE(Rule) \
+  if (rule == index++) return find_advance_of<Rule>(param, grad, state);
+  FASTWRS_RULES(FASTWRS_RULE)
+#undef FASTWRS_RULE
   return nullptr;
 }
 
@@ -334,7 +449,7 @@ void cast_scalars(const double* from, void* to, int count, Dtype param) {
 
 template <class C>
 SumLeaves<C> sum_leaves() {
-  return {&start<C>, &add<C, true>, &add<C, false>, &finish<C>};
+  return {&start<C>, &add<C, true>, &add_terms<C, Term::kProduct>, &add<C, false>, &finish<C>};
 }
 
 template <class P>
@@ -346,7 +461,7 @@ StoreLeaves<P> store_leaves() {
 #define FASTWRS_NAME(x) FASTWRS_STRING(x)
 extern const Leaves kLeaves;
 const Leaves kLeaves = {
-    FASTWRS_NAME(FASTWRS_ISA), &find_update,          &cast_scalars,          sum_leaves<float>(),
+    FASTWRS_NAME(FASTWRS_ISA), &find_advance,         &find_update,          &cast_scalars, sum_leaves<float>(),
     sum_leaves<double>(),      store_leaves<float>(), store_leaves<double>(), store_leaves<bfloat16>(),
     store_leaves<float16>(),
 };

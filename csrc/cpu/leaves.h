@@ -25,6 +25,22 @@ struct UpdateArgs {
   const void* scalars;  // Rule::Scalars in the compute type
   double grad_scale;    // 0: none
   bool maximize;
+  // Of rules with a gate: what part of the weights is taken out of the step, one number or (compute type) one for each.
+  bool open;
+  double along;
+  const void* along_each;
+  int64_t n;
+};
+
+// A run in the first pass of a rule with a gate.
+struct AdvanceArgs {
+  const void* param;
+  void* grad;  // written only when grad_scale is not 0 and `unscales`
+  void* state[kMaxSlots];
+  void *weights, *slope, *step;  // compute type: widened weights, the gradient that the rule sees, the step to be judged
+  const void* scalars;
+  double grad_scale;
+  bool maximize, unscales;
   int64_t n;
 };
 
@@ -52,6 +68,7 @@ template <class C>
 struct SumLeaves {
   void (*start)(Accumulator<C>&);
   void (*add_squares)(Accumulator<C>&, const C* x, int64_t n);
+  void (*add_products)(Accumulator<C>&, const C* x, const C* y, int64_t n);
   void (*add_values)(Accumulator<C>&, const C* x, int64_t n);
   void (*finish)(Accumulator<C>&, C* sums);  // [cols]; leaves the accumulator as start does
 };
@@ -65,8 +82,11 @@ struct StoreLeaves {
   void (*scale_columns)(const C* x, P* out, int64_t n, const C* factors, int64_t cols);  // x may be out
 };
 
+using Advance = void (*)(const AdvanceArgs&);
+
 struct Leaves {
   const char* isa;
+  Advance (*advance)(int rule, Dtype param, Dtype grad, Dtype state);  // null: the rule has no gate
   void (*(*update)(int rule, int slots, Dtype param, Dtype grad,
                    Dtype state))(const UpdateArgs&);  // null: not a triple
   void (*cast_scalars)(const double* from, void* to, int count, Dtype param);

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "../core/dtypes.h"
+#include "../norms/gate.h"
 #include "engine.h"
 #include "gather.h"
 #include "leaves.h"
@@ -46,13 +47,23 @@ struct Work {
   const TensorView* view;
   C scalars[kMaxScalars];
   bool maximize = false;
+  // Rules with a gate: where in the workspace this tensor's is (-1: it has none), and the rule's numbers for it.
+  int64_t gate = -1;
+  C gate_eps = 0, gate_delta = 0;
+  bool nesterov = false;  // the second pass reads the gradient again, and is then the one that unscales it
 };
+static_assert(int(kGateSums) == int(kSums), "a worker's sums are either");
+
+// A gate in the workspace: what it has decided, what is taken out of all rows alike, then of each row (kStepWeight) and
+// the other sums of each.
+enum GatePlace { kGateDecision, kGateAlong, kGateRows };
 
 // What all tensors of a call have in common.
 template <class P>
 struct Call {
   using C = compute_t<P>;
   void (*update)(const UpdateArgs&) = nullptr;  // null: parameters are projected or measured, not updated
+  Advance advance = nullptr;                    // the first pass of a rule with a gate
   Dtypes dtypes{};
   double grad_scale = 0;
   bool writes = true;         // false: norms are read and nothing else
@@ -70,6 +81,7 @@ struct Call {
 // Where the arrays of a run begin.
 struct Cursor {
   char* array[kMaxArrays];
+  int64_t element;
 };
 
 template <class P>
@@ -79,11 +91,11 @@ class Worker {
 
  public:
   // Scratch for the largest of the call's tensors; allocated before anything is written.
-  void reserve(const Call<P>& call, const std::vector<Work<C>>& works) {
+  void reserve(const Call<P>& call, const std::vector<Work<C>>& gates, const std::vector<Work<C>>& works) {
     int64_t tile = 0, sums = 0, storage = 0;
     bool strided = false;
-    for (const Work<C>& w : works) {
-      const TensorPlan& p = w.plan;
+    for (size_t i = 0; i < gates.size() + works.size(); ++i) {
+      const TensorPlan& p = (i < gates.size() ? gates[i] : works[i - gates.size()]).plan;
       if (p.items == 0) continue;
       tile = std::max(tile, p.tile_size());
       strided = strided || p.geometry.strided();
@@ -94,8 +106,11 @@ class Worker {
         storage = std::max(storage, Accumulator<C>::storage_for(p.strip, p.row_items * p.strip));
       }
     }
+    for (const Work<C>& w : gates) {
+      if (w.gate >= 0) storage = std::max(storage, Accumulator<C>::storage_for(1, w.plan.geometry.groups()));
+    }
     staged_.resize(kInPlace ? 0 : tile);
-    for (auto* run : {&updated_, &step_, &grad_}) run->resize(kLongestRun);
+    for (auto* run : {&updated_, &step_, &grad_, &along_}) run->resize(kLongestRun);
     for (auto& s : sums_) s.resize(sums);
     for (int k = 0; k < kSums; ++k) {
       storage_[k].resize(storage);
@@ -105,11 +120,73 @@ class Worker {
     for (int k = 0; k < kMaxArrays; ++k) gathered_[k].resize(strided ? tile * call.element_size(k) : 0);
   }
 
+  // The first pass of a rule with a gate: states, and the sums of every row (or parts of them).
+  void advance_states(const Call<P>& call, const Work<C>& w, int64_t item) {
+    const TensorPlan& p = w.plan;
+    const auto run = [&](const Cursor& at, int64_t n) {
+      for (int64_t i = 0; i < n; i += p.run) advance_run(call, w, advance(call, w, at, i), std::min(p.run, n - i));
+    };
+    if (p.path == TensorPlan::kOnePass) {
+      const int64_t begin = item * p.units_per_item, end = std::min(p.geometry.units, begin + p.units_per_item);
+      const int64_t size = p.geometry.unit_size(), cols = p.geometry.cols;
+      for (int64_t unit = begin; unit < end; unit += p.units_per_tile) {
+        const int64_t units = std::min(p.units_per_tile, end - unit);
+        start_sums(call, p, cols, size);
+        with_run(call, w, unit * size, units * size, true, [&](const Cursor& at) { run(at, units * size); });
+        for (int k = 0; k < kGateSums; ++k) {
+          std::memcpy(rows_of_gate(call, w, k) + unit * cols, sums_[k].data(), units * cols * sizeof(C));
+        }
+      }
+      return;
+    }
+    const Block b = p.block(item);
+    start_sums(call, p, b.columns, b.rows * b.columns);
+    for_runs(call, w, b, true, run);
+    leave_partial_sums(call, p, b);
+  }
+
+  // The sums of rows that came in parts.
+  void finish_rows(const Call<P>& call, const Work<C>& w, int64_t item) {
+    const Block b = finish_partial_sums(call, w.plan, item);
+    const int64_t row = b.unit * w.plan.geometry.cols + b.first_column;
+    for (int k = 0; k < kGateSums; ++k) {
+      std::memcpy(rows_of_gate(call, w, k) + row, sums_[k].data(), b.columns * sizeof(C));
+    }
+  }
+
+  // Opens a gate or not.
+  void decide(const Call<P>& call, const Work<C>& w, int64_t /*item*/) {
+    const int64_t rows = w.plan.geometry.groups(), numel = w.plan.geometry.numel();
+    C* gate = call.workspace + w.gate;
+    C largest = 0, sums[kGateSums];
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int k = 0; k < kGateSums; ++k) sums[k] = rows_of_gate(call, w, k)[row];
+      largest = maximum(largest, gate_cosine(sums, w.gate_eps));
+    }
+    gate[kGateAlong] = 0;
+    if (gate_opens(largest, w.gate_delta, numel / rows)) {
+      gate[kGateDecision] = C(int(Gate::kByChannel));
+      for (int64_t row = 0; row < rows; ++row) {
+        for (int k = 0; k < kGateSums; ++k) sums[k] = rows_of_gate(call, w, k)[row];
+        rows_of_gate(call, w, kStepWeight)[row] = gate_along(sums, w.gate_eps);
+      }
+      return;
+    }
+    for (int k = 0; k < kGateSums; ++k) {
+      start_sum(call, k, 1, rows);
+      call.sum.add_values(accumulators_[k], rows_of_gate(call, w, k), rows);
+      call.sum.finish(accumulators_[k], &sums[k]);
+    }
+    const bool opens = gate_opens(gate_cosine(sums, w.gate_eps), w.gate_delta, numel);
+    gate[kGateDecision] = C(int(opens ? Gate::kWhole : Gate::kClosed));
+    if (opens) gate[kGateAlong] = gate_along(sums, w.gate_eps);
+  }
+
   void first_phase(const Call<P>& call, const Work<C>& w, int64_t item) {
     const TensorPlan& p = w.plan;
     if (p.path == TensorPlan::kOnePass) {
       const int64_t begin = item * p.units_per_item, end = std::min(p.geometry.units, begin + p.units_per_item);
-      if (kInPlace && call.update && p.takes_rows(call.grad_scale != 0)) return take_rows(call, w, begin, end);
+      if (kInPlace && call.update && !call.advance && p.takes_rows(call.grad_scale != 0)) return take_rows(call, w, begin, end);
       for (int64_t unit = begin; unit < end; unit += p.units_per_tile) {
         const int64_t units = std::min(p.units_per_tile, end - unit);
         with_run(call, w, unit * p.geometry.unit_size(), units * p.geometry.unit_size(), call.writes,
@@ -132,23 +209,13 @@ class Worker {
         });
       }
     });
-    for (int k = 0; k < kSums; ++k) {
-      if (p.wants[k]) std::memcpy(partial(call, p, k, b), sums_[k].data(), b.columns * sizeof(C));
-    }
+    leave_partial_sums(call, p, b);
   }
 
-  // Second phase: the sums of one strip of one unit are finished in a fixed order and become factors.
+  // Second phase: the sums of one strip of one unit become factors.
   void finish(const Call<P>& call, const Work<C>& w, int64_t item) {
     const TensorPlan& p = w.plan;
-    Block b = p.block(item / p.strips * p.row_items * p.strips + item % p.strips);
-    for (int k = 0; k < kSums; ++k) {
-      if (!p.wants[k]) continue;
-      start_sum(call, k, b.columns, p.row_items * b.columns);
-      for (b.row_item = 0; b.row_item < p.row_items; ++b.row_item) {
-        call.sum.add_values(accumulators_[k], partial(call, p, k, b), b.columns);
-      }
-      call.sum.finish(accumulators_[k], sums_[k].data());
-    }
+    const Block b = finish_partial_sums(call, p, item);
     const int64_t group = b.unit * p.geometry.cols + b.first_column;
     conclude(call, w, group, b.columns, 0, factors(call, p) + group);
   }
@@ -182,8 +249,32 @@ class Worker {
     return call.workspace + p.workspace + kSums * p.sum_size();
   }
 
+  static C* rows_of_gate(const Call<P>& call, const Work<C>& w, int sum) {
+    return call.workspace + w.gate + kGateRows + sum * w.plan.geometry.groups();
+  }
+
+  void leave_partial_sums(const Call<P>& call, const TensorPlan& p, const Block& b) {
+    for (int k = 0; k < kSums; ++k) {
+      if (p.wants[k]) std::memcpy(partial(call, p, k, b), sums_[k].data(), b.columns * sizeof(C));
+    }
+  }
+  // Of one strip of one unit, in a fixed order.
+  Block finish_partial_sums(const Call<P>& call, const TensorPlan& p, int64_t item) {
+    Block b = p.block(item / p.strips * p.row_items * p.strips + item % p.strips);
+    for (int k = 0; k < kSums; ++k) {
+      if (!p.wants[k]) continue;
+      start_sum(call, k, b.columns, p.row_items * b.columns);
+      for (b.row_item = 0; b.row_item < p.row_items; ++b.row_item) {
+        call.sum.add_values(accumulators_[k], partial(call, p, k, b), b.columns);
+      }
+      call.sum.finish(accumulators_[k], sums_[k].data());
+    }
+    return b;
+  }
+
   static Cursor cursor(const Call<P>& call, const Work<C>& w, int64_t begin) {
     Cursor at{};
+    at.element = begin;
     for (int k = 0; k < w.view->arrays; ++k) {
       at.array[k] = static_cast<char*>(w.view->array[k].data) + begin * call.element_size(k);
     }
@@ -191,6 +282,7 @@ class Worker {
   }
   static Cursor advance(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t elements) {
     Cursor to{};
+    to.element = at.element + elements;
     for (int k = 0; k < w.view->arrays; ++k) to.array[k] = at.array[k] + elements * call.element_size(k);
     return to;
   }
@@ -202,6 +294,7 @@ class Worker {
     const TensorView& view = *w.view;
     if (!w.plan.geometry.strided()) return body(cursor(call, w, begin));
     Cursor at{};
+    at.element = begin;
     for (int k = 0; k < view.arrays; ++k) {
       at.array[k] = gathered_[k].data();
       gather(view, w.plan.geometry, k, call.element_size(k), begin, n, gathered_[k].data());
@@ -244,12 +337,14 @@ class Worker {
     }
   }
 
-  // Adds a run to sum k; where a set of groups ends inside it, its sums are written and the next set begins.
-  void feed(const Call<P>& call, int k, const C* x, int64_t n) {
+  // Adds the products of two runs to sum k; where a set of groups ends inside it, its sums are written and the next set
+  // begins.
+  void feed(const Call<P>& call, int k, const C* x, const C* y, int64_t n) {
     while (n > 0) {
       const int64_t m = std::min(n, group_left_[k]);
-      call.sum.add_squares(accumulators_[k], x, m);
+      x == y ? call.sum.add_squares(accumulators_[k], x, m) : call.sum.add_products(accumulators_[k], x, y, m);
       x += m;
+      y += m;
       n -= m;
       group_left_[k] -= m;
       if (group_left_[k] > 0) return;
@@ -257,6 +352,51 @@ class Worker {
       next_sum_[k] += accumulators_[k].cols;
       group_left_[k] = group_size_[k];
     }
+  }
+
+  void feed(const Call<P>& call, int k, const C* x, int64_t n) { feed(call, k, x, x, n); }
+
+  void advance_run(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t n) {
+    AdvanceArgs args{};
+    args.param = at.array[0];
+    args.grad = at.array[1];
+    for (int k = 2; k < w.view->arrays; ++k) args.state[k - 2] = at.array[k];
+    args.weights = updated_.data();
+    args.slope = grad_.data();
+    args.step = step_.data();
+    args.scalars = w.scalars;
+    args.grad_scale = call.grad_scale;
+    args.maximize = w.maximize;
+    args.unscales = !w.nesterov;
+    args.n = n;
+    call.advance(args);
+    if (w.gate < 0) return;
+    feed(call, kStepWeight, step_.data(), updated_.data(), n);
+    feed(call, kGradWeight, grad_.data(), updated_.data(), n);
+    feed(call, kGradGrad, grad_.data(), n);
+    feed(call, kWeightWeight, updated_.data(), n);
+  }
+
+  // What the gate of a tensor says about a run.
+  void ask_gate(const Call<P>& call, const Work<C>& w, int64_t element, UpdateArgs& args) {
+    if (w.gate < 0) return;
+    const C* gate = call.workspace + w.gate;
+    args.open = gate[kGateDecision] != C(int(Gate::kClosed));
+    args.along = gate[kGateAlong];
+    if (gate[kGateDecision] != C(int(Gate::kByChannel))) return;
+    const Geometry& g = w.plan.geometry;
+    const C* of_channel = gate + kGateRows;
+    int64_t channel = g.channel_of(element), left = g.channel_inner - element % g.channel_inner;
+    if (left >= args.n) {
+      args.along = of_channel[channel];
+      return;
+    }
+    for (int64_t i = 0; i < args.n; i += left, left = g.channel_inner) {
+      left = std::min(left, args.n - i);
+      std::fill_n(along_.data() + i, left, of_channel[channel]);
+      if (++channel == g.channels) channel = 0;
+    }
+    args.along_each = along_.data();
   }
 
   // One run through the rule, with the sums that are wanted; `stored` runs between the update and the sum over its
@@ -270,6 +410,7 @@ class Worker {
     if (call.update) {
       UpdateArgs args = arguments(call, w, at, n, updated);
       args.step = p.wants[kUpdate] ? step_.data() : nullptr;
+      ask_gate(call, w, at.element, args);
       call.update(args);
       if (p.wants[kUpdate]) feed(call, kUpdate, step_.data(), n);
       if (p.wants[kGrad]) feed(call, kGrad, widened(call, at.array[1], n), n);
@@ -306,7 +447,7 @@ class Worker {
     for (int k = 2; k < w.view->arrays; ++k) args.state[k - 2] = at.array[k];
     args.updated = updated;
     args.scalars = w.scalars;
-    args.grad_scale = call.grad_scale;
+    args.grad_scale = call.advance && !w.nesterov ? 0 : call.grad_scale;
     args.maximize = w.maximize;
     args.n = n;
     return args;
@@ -389,7 +530,7 @@ class Worker {
 
   // staged_: a tile of updated weights that are not stored in the type they are computed in. updated_, step_, grad_: a
   // run.
-  std::vector<C> staged_, updated_, step_, grad_, sums_[kSums], storage_[kSums], factors_;
+  std::vector<C> staged_, updated_, step_, grad_, along_, sums_[kSums], storage_[kSums], factors_;
   std::vector<char> gathered_[kMaxArrays];
   C pattern_[16 * 64];
   Accumulator<C> accumulators_[kSums];

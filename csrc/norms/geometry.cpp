@@ -7,7 +7,7 @@ namespace {
 
 struct Dim {
   int64_t size;
-  bool reduced;
+  bool reduced, channel;
   int64_t stride[kMaxArrays];
   int64_t norm_stride;  // rows of the norm buffer; kept dimensions only
 };
@@ -29,6 +29,7 @@ void dims_in_memory_order(const TensorView& t, bool with_norms, Dims& dims) {
       Dim& dim = dims.dim[dims.count++];
       dim.size = t.sizes[d];
       dim.reduced = reduced;
+      dim.channel = d == 0;
       dim.norm_stride = reduced ? 0 : norm_stride;
       for (int k = 0; k < t.arrays; ++k) dim.stride[k] = t.array[k].strides[d];
     }
@@ -107,6 +108,14 @@ Geometry geometry_of(const TensorView& t, bool with_norms) {
       std::copy(dim.stride, dim.stride + t.arrays, walk.stride);
       g.walk.push_back(walk);
     }
+  }
+  int64_t inner = 1;
+  for (int d = dims.count - 1; d >= 0; --d) {
+    if (dims.dim[d].channel) {
+      g.channels = dims.dim[d].size;
+      g.channel_inner = inner;
+    }
+    inner *= dims.dim[d].size;
   }
   int64_t expected = 1;
   bool row_major = true;

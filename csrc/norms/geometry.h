@@ -22,6 +22,8 @@ struct WalkDim {
 
 struct Geometry {
   int64_t units = 0, rows = 0, cols = 1;
+  // Where dimension 0 is: element e of the walk has the index e / channel_inner % channels there.
+  int64_t channels = 1, channel_inner = 1;
   // Empty where all arrays are dense in the same order: element e of the walk is element e in memory.
   std::vector<WalkDim> walk;
   // Size and stride (in rows of the norm buffer) of the kept dimensions in the order of the walk; empty where that is
@@ -32,6 +34,7 @@ struct Geometry {
   int64_t numel() const { return units * rows * cols; }
   int64_t groups() const { return units * cols; }
   bool strided() const { return !walk.empty(); }
+  int64_t channel_of(int64_t element) const { return element / channel_inner % channels; }
   // Row of the norm buffer, relative to the tensor's first, for the group at place `index` of the walk.
   int64_t norm_row(int64_t index) const;
 };

@@ -9,6 +9,7 @@
 
 #include "../core/host_device.h"
 #include "../core/numeric.h"
+#include "moments.h"
 
 FASTWRS_BEGIN
 
@@ -17,6 +18,7 @@ struct Adam {
   static constexpr const char* kHypers[] = {"beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay"};
   static constexpr const char* kSlots[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr int kMinSlots = 2, kMaxSlots = 3;
+  static constexpr bool kGated = false;
   enum { kBeta1, kBeta2, kEps, kWeightDecay, kDecoupled };
 
   template <class T>
@@ -60,15 +62,13 @@ struct Adam {
   template <int kSlotCount, class T>
   static FASTWRS_HD T update(T& w, T g, T* state, const Scalars<T>& s) {
     g = s.coupled_decay != 0 ? g + s.coupled_decay * w : g;
-    // Near 1, beta1 and 1 - beta1 are rounded too differently to be used together.
-    const T m =
-        s.beta1 > T(0.5) ? state[0] + s.one_minus_beta1 * (g - state[0]) : s.beta1 * state[0] + s.one_minus_beta1 * g;
-    const T v = s.beta2 * state[1] + s.one_minus_beta2 * g * g;
+    const T m = first_moment(s.beta1, s.one_minus_beta1, state[0], g);
+    const T v = second_moment(s.beta2, s.one_minus_beta2, state[1], g);
     state[0] = m;
     state[1] = v;
     T largest = v;
     if (kSlotCount == 3) state[2] = largest = maximum(state[2], v);
-    const T direction = quotient(m, square_root(largest) * s.inverse_root_correction2 + s.eps);
+    const T direction = adam_direction(m, largest, s.inverse_root_correction2, s.eps);
     w = w * s.keep - s.step_size * direction;
     return direction * s.inverse_correction1;
   }

@@ -2,8 +2,12 @@
 #pragma once
 
 #include "adam.h"
+#include "adamp.h"
 #include "sgd.h"
+#include "sgdp.h"
 
 #define FASTWRS_RULES(X) \
   X(Sgd)                 \
-  X(Adam)
+  X(Adam)                \
+  X(AdamP)               \
+  X(Sgdp)

@@ -13,6 +13,7 @@ struct Sgd {
   static constexpr const char* kHypers[] = {"momentum", "dampening", "nesterov", "weight_decay"};
   static constexpr const char* kSlots[] = {"momentum_buffer"};
   static constexpr int kMinSlots = 0, kMaxSlots = 1;
+  static constexpr bool kGated = false;
   enum { kMomentum, kDampening, kNesterov, kWeightDecay };
 
   // What follows from the hyperparameters alone, formed on the host in double. h: the rule's own part of the record.

@@ -13,6 +13,16 @@ from fastwrs.options import Rescale, Shrink
 from fastwrs.spec import RULES
 
 
+def with_betas(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group, with its two betas under names of their own."""
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}")
+    return {**group, "beta1": betas[0], "beta2": betas[1]}
+
+
 class Adam(FusedOptimizer):
     """Adam, and with the norm of every channel held (WRS) or pulled down (AWS) in the same pass.
 
@@ -88,12 +98,7 @@ class Adam(FusedOptimizer):
 
     def numbers(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The betas under the names that they have in the record."""
-        betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise ValueError(f"betas must be two numbers, got {betas!r}")
-        if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
-            raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}")
-        return super().numbers({**group, "beta1": betas[0], "beta2": betas[1]})
+        return super().numbers(with_betas(group))
 
 
 class AdamW(Adam):

@@ -40,13 +40,14 @@ _LATE = "momentum_buffer"
 """The state that starts as the first gradient, which torch does where it is missing. Ours is there before."""
 
 
-def options_to_plain(_optimizer: Any, state_dict: dict[str, Any]) -> None:
+def options_to_plain(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """The hook on ``state_dict()``: writes ``rescale`` and ``shrink`` as plain dicts.
 
     It leaves out the momentum buffers of parameters whose every step was skipped.
     """
     state = state_dict["state"]
-    for key, values in state.items():
+    late = any(slot.name == _LATE and slot.when for slot in optimizer.rule.slots)
+    for key, values in state.items() if late else ():
         if isinstance(values, Mapping) and _LATE in values and STEP in values and bool(values[STEP] == 0):
             # `state` is torch's new dict; the dicts in it are the optimizer's own.
             state[key] = {name: value for name, value in values.items() if name != _LATE}
@@ -169,6 +170,10 @@ def _states(optimizer: FusedOptimizer, param: Tensor, values: Mapping[str, Any],
     """
     rule: Rule = optimizer.rule
     known = {*(slot.name for slot in rule.slots), STEP}
+    names = {slot.elsewhere: slot.name for slot in rule.slots if slot.elsewhere is not None}
+    if twice := [f"{theirs!r} and {ours!r}" for theirs, ours in names.items() if theirs in values and ours in values]:
+        raise ValueError(f"its saved state has {twice[0]}, which are the same")
+    values = {names.get(name, name): value for name, value in values.items()}
     saved = {name: value for name, value in values.items() if value is not None and name in known}
     others = {name: value for name, value in values.items() if value is not None and name not in known}
     if others and not by_us:
@@ -178,7 +183,7 @@ def _states(optimizer: FusedOptimizer, param: Tensor, values: Mapping[str, Any],
         raise ValueError(f"its saved state lacks {lacking}")
     states: dict[str, Any] = {}
     if saved:
-        # A momentum buffer without a step count comes from torch.optim.SGD: its first step is over.
+        # A momentum buffer without a step count comes from torch.optim.SGD or SGDP: its first step is over.
         states[STEP] = torch.tensor(_count(saved.get(STEP, 1)), dtype=torch.float32, device=param.device)
     for name, value in saved.items():
         if name != STEP:

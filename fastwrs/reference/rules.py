@@ -4,11 +4,12 @@ All of them have the same shape. ``w`` and ``g`` are the weights before the step
 if maximizing), ``states`` the moments by name and ``h`` the hyperparameters by name. ``t`` (the step, from 1),
 ``first`` (there is no momentum yet) and ``lr`` are given to all; a rule takes those that it needs. They return
 ``Update(u, decay, states)``, which the step applies as ``w * decay - lr * u``. Without weight decay the weights are not
-looked at, so that a NaN in them stays out of the moments (as in torch).
+looked at, so that a NaN in them stays out of the moments (as in torch). The rules with a gate look at whole tensors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ class Update(NamedTuple):
     u: Tensor
     decay: float
     states: States
+    removed: Tensor | None = None
+    """What a gate took out of u; None where it was closed, and from rules without one."""
 
 
 def sgd(w: Tensor, g: Tensor, states: States, h: Hypers, *, first: bool, **_: float) -> Update:
@@ -79,5 +82,83 @@ def adam(w: Tensor, g: Tensor, states: States, h: Hypers, *, t: int, lr: float, 
     return Update(m_hat / (v_hat.sqrt() + h["eps"]), 1 - lr * h["weight_decay"] if decoupled else 1.0, new)
 
 
-RULES: dict[str, Callable[..., Update]] = {"sgd": sgd, "adam": adam}
+def gate(w: Tensor, g: Tensor, step: Tensor, h: Hypers) -> tuple[Tensor | None, float]:
+    """AdamP's and SGDP's gate: what of a step lies along the weights, if the weights look scale-invariant.
+
+    Scale-invariant weights are orthogonal to their gradient. So rows of dimension 0 (channels) are tried first, then
+    the tensor as one row::
+
+        cos  = |g . w| / (max(|g|, eps) * max(|w|, eps))                of each row
+        open = max(cos) < delta / sqrt(length of a row)
+        removed = w * (step . w) / (|w| + eps) ** 2                     of each row
+
+    One decision for the whole tensor, by the gradient as it came in and the weights before the step. Tensors of less
+    than two dimensions never pass. Returns what is to be subtracted (None: closed) and the factor of weight decay.
+
+    Source: Heo et al., AdamP, ICLR 2021, Algorithm 2 and Eq. 12, in the form of the authors' package.
+    """
+    if w.ndim < 2 or w.numel() == 0:
+        return None, 1.0
+    for rows in (w.shape[0], 1):
+        x, y, p = (tensor.reshape(rows, -1) for tensor in (w, g, step))
+        norm, slope = (row.square().sum(dim=1).sqrt() for row in (x, y))
+        cosine = (x * y).sum(dim=1).abs() / (norm.clamp(min=h["eps"]) * slope.clamp(min=h["eps"]))
+        if bool(cosine.max() < h["delta"] / math.sqrt(x.shape[1])):
+            unit = x / (norm + h["eps"]).unsqueeze(1)
+            return (unit * (unit * p).sum(dim=1, keepdim=True)).reshape(w.shape), h["wd_ratio"]
+    return None, 1.0
+
+
+def adamp(w: Tensor, g: Tensor, states: States, h: Hypers, *, t: int, lr: float, **_: bool) -> Update:
+    """AdamP: Adam whose step loses its part along the weights where the gate opens.
+
+    ::
+
+        m = beta1 * m + (1 - beta1) * g;   v = beta2 * v + (1 - beta2) * g ** 2
+        p = (beta1 * m + (1 - beta1) * g  if nesterov, else m) / (sqrt(v) / sqrt(1 - beta2 ** t) + eps)
+        p, ratio = p - removed, wd_ratio   where the gate opens, else p, 1
+        u = p / (1 - beta1 ** t);   decay = 1 - lr * weight_decay * ratio
+
+    Source: Heo et al., AdamP, ICLR 2021, Algorithm 2, in the form of the authors' package ``adamp`` 0.3.0.
+    """
+    m = h["beta1"] * states["exp_avg"] + (1 - h["beta1"]) * g
+    v = h["beta2"] * states["exp_avg_sq"] + (1 - h["beta2"]) * g * g
+    ahead = h["beta1"] * m + (1 - h["beta1"]) * g if h["nesterov"] else m
+    step = ahead / (v.sqrt() / math.sqrt(1 - h["beta2"] ** t) + h["eps"])
+    removed, ratio = gate(w, g, step, h)
+    correction = 1 - h["beta1"] ** t
+    decay = 1 - lr * h["weight_decay"] * ratio
+    new = {"exp_avg": m, "exp_avg_sq": v}
+    if removed is None:
+        return Update(step / correction, decay, new)
+    return Update((step - removed) / correction, decay, new, removed / correction)
+
+
+def sgdp(w: Tensor, g: Tensor, states: States, h: Hypers, *, lr: float, **_: float) -> Update:
+    """SGDP: SGD with momentum whose step loses its part along the weights where the gate opens.
+
+    ::
+
+        buf = momentum * buf + (1 - dampening) * g     (the buffer starts at zero)
+        u   = g + momentum * buf  if nesterov, else buf
+        u, ratio = u - removed, wd_ratio   where the gate opens, else u, 1
+        decay = 1 - lr * weight_decay * ratio / (1 - momentum)
+
+    In the authors' code u and the buffer are one tensor without nesterov, so that the projection changes the buffer
+    too: ``project_momentum`` chooses that.
+
+    Source: Heo et al., AdamP, ICLR 2021, Algorithm 1, in the form of the authors' package ``adamp`` 0.3.0.
+    """
+    buf = h["momentum"] * states["momentum_buffer"] + (1 - h["dampening"]) * g
+    u = g + h["momentum"] * buf if h["nesterov"] else buf
+    removed, ratio = gate(w, g, u, h)
+    decay = 1 - lr * h["weight_decay"] * ratio / (1 - h["momentum"])
+    if removed is None:
+        return Update(u, decay, {"momentum_buffer": buf})
+    u = u - removed
+    kept = u if h["project_momentum"] and not h["nesterov"] else buf
+    return Update(u, decay, {"momentum_buffer": kept}, removed)
+
+
+RULES: dict[str, Callable[..., Update]] = {"sgd": sgd, "adam": adam, "adamp": adamp, "sgdp": sgdp}
 """The rules by the names that they have in ``fastwrs.spec``."""

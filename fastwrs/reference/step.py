@@ -25,6 +25,8 @@ class Result:
     """[groups, 8], the columns of ``spec.MEASURED``; None if there are no groups."""
     update: Tensor
     """u, the step before the learning rate."""
+    removed: Tensor | None
+    """What a gate took out of u (AdamP, SGDP)."""
 
 
 def rescale_due(hyper: Mapping[str, float], t: int, lr: float) -> bool:
@@ -70,7 +72,7 @@ def step(
     w = param.to(dtype)
     g = grad.to(dtype) if grad_scale is None else grad.to(dtype) / grad_scale
 
-    u, decay, new_states = RULES[rule](
+    u, decay, new_states, removed = RULES[rule](
         w,
         -g if hyper["maximize"] else g,
         {name: state.to(dtype) for name, state in states.items()},
@@ -81,7 +83,7 @@ def step(
     )
     updated = w * decay - lr * u
     if dims is None:
-        return Result(updated, g, new_states, None, u)
+        return Result(updated, g, new_states, None, u, removed)
 
     norm_before = group_norms(w, dims)
     norm_updated = group_norms(updated, dims)
@@ -104,4 +106,4 @@ def step(
         "shrink_factor": shrinking,
     }
     measured = torch.stack([columns[name].flatten() for name in MEASURED], dim=1)
-    return Result(new, g, new_states, measured, u)
+    return Result(new, g, new_states, measured, u, removed)
