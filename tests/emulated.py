@@ -17,8 +17,10 @@ from calls import Call, same
 from cases import DTYPES, PROJECTIONS, Case, TensorCase, select
 
 from fastwrs import library
+from fastwrs.backends import cuda
 
 PASSED = "all cases passed"
+TICKETS = cuda.TICKET_BYTES // 4
 
 
 class Counts(NamedTuple):
@@ -46,12 +48,12 @@ def counts() -> Counts:
 
 
 def run(call: Call) -> Call:
-    """One step with a workspace that is just large enough, poisoned; afterwards its ticket has to be 0 again."""
+    """One step with a workspace that is just large enough, poisoned; afterwards its tickets have to be 0 again."""
     size, _ = torch.ops.fastwrs.step_plan(*call.args())
     call.workspace = workspace = torch.full(((size + 3) // 4,), float("nan"))
-    workspace[:4] = 0
+    workspace[:TICKETS] = 0
     torch.ops.fastwrs.step(*call.args())
-    assert not workspace[:4].view(torch.int32).any(), "the ticket is not back at 0"
+    assert not workspace[:TICKETS].view(torch.int32).any(), "a ticket is not back at 0"
     return call
 
 

@@ -99,6 +99,15 @@ def test_full_launches(option: str, count: int, records: int, layout: str, measu
 # ---- bytes ----------------------------------------------------------------------------------------------------------
 
 ADAMW, SGD = "adamw", "sgd.mom"
+GATED_BYTES = {  # two passes: states, then weights; the gradient twice with nesterov, the projected buffer once more
+    "adamp": 40,
+    "adamp.open": 40,
+    "adamp.nesterov": 44,
+    "sgdp": 28,
+    "sgdp.open": 32,
+    "sgdp.apart": 28,
+    "sgdp.nesterov": 32,
+}
 ONE_PASS = [((64, 64, 3, 3), "out"), ((64, 64, 3, 3), "in"), ((64, 256, 1, 1), "out"), ((64, 256, 1, 1), "in")]
 ROWS = [((32, 4608), "out"), ((8, 28672), "out"), ((300, 640), (0,)), ((4096, 27), "out")]
 TWO_PHASES = [((4, 200000), "out"), ((300, 300), "tensor"), ((4000, 512), (0,))]
@@ -130,6 +139,18 @@ def test_bytes_per_parameter(option: str, kind: str) -> None:
         assert moved < (1.01 if kind == "s" else 1.02) * two_phases, (shape, axis, moved)  # sums are fp32 in both
 
 
+@pytest.mark.parametrize("option", GATED_BYTES)
+def test_bytes_of_rules_with_a_gate(option: str) -> None:
+    """Counted, with a rescale in every step. The sums of short rows are more than those of long ones."""
+    for kind, share in (("s", 1.0), ("b", 0.5)):
+        dtypes = DTYPES[0] if kind == "s" else DTYPES[3]
+        for shape, axis in [*ONE_PASS, *ROWS[:2]]:
+            for layout in ("c", "cl") if len(shape) == 4 else ("c",):
+                moved = bytes_per_parameter(option, dtypes, shape, axis, layout)
+                sums = 4 * 13 * shape[0] / math.prod(shape)  # written, read, read for the answer, written, read
+                assert abs(moved - share * GATED_BYTES[option]) < 0.01 * moved + sums, (shape, axis, layout, moved)
+
+
 # ---- launches -------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +180,15 @@ def test_launches(option: str) -> None:
     assert launches("llama_3b", option, "out") == 1
     assert launches("vgg16_bn", option, "out") == 2  # its longest rows have blocks of their own
     assert launches("tiny", option, "out") <= 5
+
+
+@pytest.mark.parametrize("option", ["adamp", "adamp.nesterov", "sgdp.open"])
+def test_launches_of_rules_with_a_gate(option: str) -> None:
+    """The states, then the weights."""
+    for axis in ("out", "in", None):
+        assert launches("resnet50", option, axis) == 2
+    assert launches("llama_1b", option, "out") == 2
+    assert launches("resnet50", option, "tensor") == 3
 
 
 def test_a_group_per_parameter_is_one_launch_too() -> None:

@@ -404,8 +404,9 @@ Update find_triple(Dtype param, Dtype grad, Dtype state) {
 template <class Rule>
 Advance find_advance_of([[maybe_unused]] Dtype param, [[maybe_unused]] Dtype grad, [[maybe_unused]] Dtype state) {
   if constexpr (Rule::kGated) {
-#define FASTWRS_TRIPLE(P, G, S) \
-  if (param == DtypeOf<P>::value && grad == DtypeOf<G>::value && state == DtypeOf<S>::value) return &advance<Rule, P, G, S>;
+#define FASTWRS_TRIPLE(P, G, S)                                                              \
+  if (param == DtypeOf<P>::value && grad == DtypeOf<G>::value && state == DtypeOf<S>::value) \
+    return &advance<Rule, P, G, S>;
     FASTWRS_DTYPE_TRIPLES(FASTWRS_TRIPLE)
 #undef FASTWRS_TRIPLE
   }
@@ -461,9 +462,9 @@ StoreLeaves<P> store_leaves() {
 #define FASTWRS_NAME(x) FASTWRS_STRING(x)
 extern const Leaves kLeaves;
 const Leaves kLeaves = {
-    FASTWRS_NAME(FASTWRS_ISA), &find_advance,         &find_update,          &cast_scalars, sum_leaves<float>(),
-    sum_leaves<double>(),      store_leaves<float>(), store_leaves<double>(), store_leaves<bfloat16>(),
-    store_leaves<float16>(),
+    FASTWRS_NAME(FASTWRS_ISA), &find_advance,           &find_update,          &cast_scalars,
+    sum_leaves<float>(),       sum_leaves<double>(),    store_leaves<float>(), store_leaves<double>(),
+    store_leaves<bfloat16>(),  store_leaves<float16>(),
 };
 
 }  // namespace FASTWRS_ISA

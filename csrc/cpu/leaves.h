@@ -37,7 +37,8 @@ struct AdvanceArgs {
   const void* param;
   void* grad;  // written only when grad_scale is not 0 and `unscales`
   void* state[kMaxSlots];
-  void *weights, *slope, *step;  // compute type: widened weights, the gradient that the rule sees, the step to be judged
+  void *weights, *slope,
+      *step;  // compute type: widened weights, the gradient that the rule sees, the step to be judged
   const void* scalars;
   double grad_scale;
   bool maximize, unscales;

@@ -54,10 +54,6 @@ struct Work {
 };
 static_assert(int(kGateSums) == int(kSums), "a worker's sums are either");
 
-// A gate in the workspace: what it has decided, what is taken out of all rows alike, then of each row (kStepWeight) and
-// the other sums of each.
-enum GatePlace { kGateDecision, kGateAlong, kGateRows };
-
 // What all tensors of a call have in common.
 template <class P>
 struct Call {
@@ -186,7 +182,8 @@ class Worker {
     const TensorPlan& p = w.plan;
     if (p.path == TensorPlan::kOnePass) {
       const int64_t begin = item * p.units_per_item, end = std::min(p.geometry.units, begin + p.units_per_item);
-      if (kInPlace && call.update && !call.advance && p.takes_rows(call.grad_scale != 0)) return take_rows(call, w, begin, end);
+      if (kInPlace && call.update && !call.advance && p.takes_rows(call.grad_scale != 0))
+        return take_rows(call, w, begin, end);
       for (int64_t unit = begin; unit < end; unit += p.units_per_tile) {
         const int64_t units = std::min(p.units_per_tile, end - unit);
         with_run(call, w, unit * p.geometry.unit_size(), units * p.geometry.unit_size(), call.writes,

@@ -44,6 +44,11 @@ FASTWRS_DEVICE uint32_t take_ticket(uint32_t* counter) {
   __threadfence();
   return atomicAdd(counter, 1u);
 }
+// A number that another block has written before it took its ticket: not from a cache of this multiprocessor.
+template <class T>
+FASTWRS_DEVICE T load_others(const T* address) {
+  return __ldcg(address);
+}
 
 template <class T>
 FASTWRS_DEVICE T load(const T* address) {

@@ -48,6 +48,11 @@ struct Triple {
   static void of_slots(const KernelKey& key, Kernel& found) {
     if constexpr (kSlots >= Rule::kMinSlots) {
       if (key.slots != kSlots) return;
+      if constexpr (Rule::kGated) {
+        const std::string name = std::string("gate_kernel<") + Rule::kName + ">";
+        found = FASTWRS_KERNEL_OF(Params<2 + kSlots>, name, gate_kernel<Rule, P, G, S, kWalk>);
+        if (key.phase == Phase::kGate) return;
+      }
       const std::string name = std::string("step_kernel<") + Rule::kName + ", " + std::to_string(kSlots) + " states>";
       found = FASTWRS_KERNEL_OF(Params<2 + kSlots>, name, step_kernel<Rule, kSlots, P, G, S, kWalk>);
     }

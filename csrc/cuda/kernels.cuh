@@ -1,48 +1,61 @@
 // The kernels. A block takes one tile of one tensor: it updates the tile, and where norms are to be set and the tile
 // holds whole norm groups it keeps the new weights in shared memory until their norms are known, so that every array is
 // read and written once. Where a group does not fit a tile, step_kernel writes the weights and leaves sums of squares
-// in the workspace, and project_kernel finishes them and scales.
+// in the workspace, the tensor's last block (or for columns finish_kernel) finishes them, and project_kernel scales.
 //
 // Whether this step counts (found_inf), rescales or shrinks is decided here, from numbers on the device: a captured
 // graph replays it rightly.
 #pragma once
 
 #include "../rules/all.h"
-#include "tiles.cuh"
+#include "arrays.cuh"
+#include "finish.cuh"
+#include "gate.cuh"
 
 namespace fastwrs::cuda {
-
-// Threads of a block at most, and how many blocks of so many a multiprocessor should have registers for.
-constexpr uint32_t kMostThreads = 256, kResidentBlocks = 2;
 
 // ---- the step ------------------------------------------------------------------------------------------------------
 
 template <class Rule, int kSlots, class P, class G, class S, bool kWalk>
-class Stepper {
-  using C = compute_t<P>;
-  static constexpr int kArrays = 2 + kSlots, kVector = VectorOf<P, G, S>::kElements;
+class Stepper : TileArrays<kSlots, P, G, S, kWalk> {
+  using Base = TileArrays<kSlots, P, G, S, kWalk>;
+  using Base::header_, Base::entry_, Base::tile_, Base::cut_, Base::pool_;
+  using Base::kArrays, Base::kVector;
+  using Base::read, Base::write, Base::param, Base::grad, Base::state, Base::find_vectors, Base::values_shift;
+  using typename Base::C;
   using RuleRecord = Record<C, typename Rule::template Constants<C>>;
 
  public:
   FASTWRS_DEVICE Stepper(const Params<kArrays>& params, uint32_t tensor)
-      : header_(params.header),
-        entry_(params.entries[tensor]),
-        record_(record_of<RuleRecord>(params, params.entries[tensor].record)) {
+      : Base(params, tensor), record_(record_of<RuleRecord>(params, params.entries[tensor].record)) {
     const Moment<C> moment = moment_of(record_.control, entry_.step);
     scalars_ = Rule::prepare(record_.constants, moment.lr, moment.t, moment.t == C(1) || (entry_.flags & kFresh));
     rescale_ = moment.rescale;
     shrink_ = moment.shrink;
-    pool_ = pool_of(params);
-    walk_ = kWalk ? pool_of(params) + entry_.cols : nullptr;
-    tile_ = tile_of<kArrays, kWalk>(header_, entry_);
     wants_ = entry_.kind == TileKind::kElements ? 0 : wanted_sums(rescale_, shrink_, is_measured());
     // One group and one sum: the threads collect it while they update. Otherwise sums are taken from lists on chip.
     sums_at_once_ = tile_.cols == 1 && tile_.unit_size == tile_.n && !is_measured();
     const bool whole_groups = entry_.kind == TileKind::kUnits || entry_.kind == TileKind::kStrip;
     holds_ = whole_groups && (rescale_ || shrink_);
+    if constexpr (Rule::kGated) gate_.ask(header_, gate_numbers_of(params, tensor), tile_);
   }
 
-  FASTWRS_DEVICE void run() {
+  FASTWRS_DEVICE void run(const Params<kArrays>& params, uint32_t tensor) {
+    update_and_sum();
+    // Groups that lie in rows: the last block of the tensor finishes their sums. Others get a launch of their own.
+    const bool in_rows = entry_.kind == TileKind::kPartial && (kWalk || entry_.cols == 1);
+    if (!in_rows || wants_ == 0 || !is_last_of_tensor(params, tensor)) return;
+    const Finisher<C> finisher(params, tensor, record_.control, 1);
+    const int64_t units = entry_.partial.per_sum / entry_.partial.row_tiles;
+#pragma unroll 1
+    for (int64_t unit = 0; unit < units; ++unit) {
+      if (unit > 0) barrier();  // the sums of the unit before are taken
+      finisher.finish_one(unit, 0);
+    }
+  }
+
+ private:
+  FASTWRS_DEVICE void update_and_sum() {
     const uint32_t groups = tile_.n / tile_.unit_size * tile_.cols;
     lay_out(groups);
     update_tile();
@@ -59,7 +72,10 @@ class Stepper {
       return;
     }
     barrier();  // the values are complete
-    sum_groups<C>(tile_, lists_, wants_, partial);
+    sum_groups<C, kSums>(tile_, wants_, partial, [this](int k, uint32_t place) {
+      const C x = on_chip<C>(lists_.template of<C>(k, tile_))[place];
+      return x * x;
+    });
     barrier();  // the partial sums are complete
     const uint32_t lanes = lanes_for(groups, thread_count());
     C* factors = on_chip<C>(factors_place(groups));
@@ -85,30 +101,34 @@ class Stepper {
     write_weights([factors, tile](uint32_t place) { return Factors<C, true>(factors, tile, place); });
   }
 
- private:
   struct Constant {
     C factor;
     FASTWRS_DEVICE C next() const { return factor; }
   };
 
+  // A rule with a gate has changed its states before, and mostly is done with the gradient.
+  FASTWRS_DEVICE bool unscales() const {
+    if constexpr (Rule::kGated) return scalars_.nesterov != 0;
+    return true;
+  }
+  FASTWRS_DEVICE bool reads_grad() const { return unscales() || is_measured(); }
+  FASTWRS_DEVICE bool writes_states() const {
+    if constexpr (!Rule::kGated) {
+      return true;
+    } else if constexpr (Rule::kChangesStateAgain) {
+      return gate_.open && scalars_.project_momentum != 0;
+    } else {
+      return false;
+    }
+  }
   FASTWRS_DEVICE bool is_measured() const { return entry_.measure != kNone; }
   FASTWRS_DEVICE Projection<C> projection() const { return projection_of(record_.control, rescale_, shrink_); }
-  FASTWRS_DEVICE P* param() const { return static_cast<P*>(entry_.data[0]); }
-  FASTWRS_DEVICE G* grad() const { return static_cast<G*>(entry_.data[1]); }
-  FASTWRS_DEVICE S* state(int s) const { return static_cast<S*>(entry_.data[2 + s]); }
 
   // Which lists of values this tile needs on chip: those of the sums that are wanted, or the weights alone.
   FASTWRS_DEVICE void lay_out(uint32_t groups) {
-    if (!kWalk) {
-      cut_ = cut_of<kVector>(tile_, param());
-      const int64_t first = tile_.base + cut_.head;
-      aligned_ = is_aligned(grad() + first) ? 1 : 0;
-#pragma unroll
-      for (int s = 0; s < kSlots; ++s) aligned_ |= is_aligned(state(s) + first) ? 2u << s : 0;
-    }
+    find_vectors();
     lists_.there = (sums_at_once_ ? 0 : wants_) | (holds_ ? 1u << kUpdated : 0);
-    const uint32_t shift = (kVector - cut_.head % kVector) % kVector;
-    lists_.first = factors_place(groups) + round_to_words(groups * uint32_t(sizeof(C))) + shift * uint32_t(sizeof(C));
+    lists_.first = factors_place(groups) + round_to_words(groups * uint32_t(sizeof(C))) + values_shift();
   }
   // Where the factors of the groups are, behind the sums of each kind up to the last that is wanted.
   FASTWRS_DEVICE uint32_t factors_place(uint32_t groups) const {
@@ -127,37 +147,18 @@ class Stepper {
         [this](int64_t element, uint32_t place) { update<1>(element, place); });
   }
 
-  // Elements of an array from `element` on.
-  template <int N, class T>
-  FASTWRS_DEVICE void read(const T* array, int64_t element, int k, T (&x)[N]) const {
-    if constexpr (N == 1) {
-      x[0] = load(array + (kWalk ? walk_to<kArrays>(walk_, element, k) : element));
-    } else if (k == 0 || (aligned_ >> (k - 1) & 1)) {
-      load_vector(array + element, x);
-    } else {
-#pragma unroll
-      for (int j = 0; j < N; ++j) x[j] = load(array + element + j);
-    }
-  }
-  template <int N, class T>
-  FASTWRS_DEVICE void write(T* array, int64_t element, int k, const T (&x)[N], bool keep = false) const {
-    if constexpr (N == 1) {
-      store(array + (kWalk ? walk_to<kArrays>(walk_, element, k) : element), x[0]);
-    } else if (k == 0 || (aligned_ >> (k - 1) & 1)) {
-      store_vector(array + element, x, keep);
-    } else {
-#pragma unroll
-      for (int j = 0; j < N; ++j) store(array + element + j, x[j]);
-    }
-  }
-
   template <int N>
   FASTWRS_DEVICE void update(int64_t element, uint32_t place) {
     P w[N];
     G g[N];
     S s[kSlots == 0 ? 1 : kSlots][N];
     read(param(), element, 0, w);
-    read(grad(), element, 1, g);
+    if (reads_grad()) {
+      read(grad(), element, 1, g);
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j) g[j] = narrow(C(0), G());
+    }
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) read(state(k), element, 2 + k, s[k]);
 
@@ -167,7 +168,7 @@ class Stepper {
       weight[j] = widen(w[j]);
       gradient[j] = widen(g[j]);
     }
-    if (header_.grad_scale) {
+    if (header_.grad_scale && unscales()) {
       const C scale = C(load_shared_by_all(header_.grad_scale));
 #pragma unroll
       for (int j = 0; j < N; ++j) g[j] = narrow(gradient[j] = quotient(gradient[j], scale), G());
@@ -179,18 +180,25 @@ class Stepper {
 #pragma unroll
       for (int j = 0; j < N; ++j) gradient[j] = -gradient[j];
     }
+    [[maybe_unused]] typename GateAnswer<C>::Next along(gate_, element);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      C states[kSlots == 0 ? 1 : kSlots];
+      C states[kSlots == 0 ? 1 : kSlots], u;
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) states[k] = widen(s[k][j]);
-      const C u = Rule::template update<kSlots>(weight[j], gradient[j], states, scalars_);
+      if constexpr (Rule::kGated) {
+        u = Rule::update(weight[j], gradient[j], states, along.next(), gate_.open, scalars_);
+      } else {
+        u = Rule::template update<kSlots>(weight[j], gradient[j], states, scalars_);
+      }
       if (lists_.there >> kUpdate & 1) on_chip<C>(lists_.of<C>(kUpdate, tile_))[place + j] = u;
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) s[k][j] = narrow(states[k], S());
     }
+    if (writes_states()) {
 #pragma unroll
-    for (int k = 0; k < kSlots; ++k) write(state(k), element, 2 + k, s[k]);
+      for (int k = 0; k < kSlots; ++k) write(state(k), element, 2 + k, s[k]);
+    }
     if (!holds_) {
       const bool again = entry_.kind == TileKind::kPartial;  // it will be scaled by a later launch
 #pragma unroll
@@ -250,23 +258,14 @@ class Stepper {
     write(param(), element, 0, w);
   }
 
-  const Header& header_;
-  const Entry<kArrays>& entry_;
   const RuleRecord& record_;
   typename Rule::template Scalars<C> scalars_;
-  Tile tile_;
-  const int64_t *pool_, *walk_;
+  GateAnswer<C> gate_;  // unused, and optimised away, where the rule has none
   Lists lists_;
   Compensated<C> sum_;
-  Cut cut_;
-  uint32_t aligned_ = 0, wants_;
+  uint32_t wants_;
   bool rescale_, shrink_, sums_at_once_, holds_;
 };
-
-// Any non-zero found_inf, NaN too, skips everything.
-FASTWRS_DEVICE bool is_skipped(const Header& header) {
-  return header.found_inf && load_shared_by_all(header.found_inf) != 0;
-}
 
 template <class Rule, int kSlots, class P, class G, class S, bool kWalk>
 FASTWRS_KERNEL void __launch_bounds__(kMostThreads, kResidentBlocks)
@@ -274,85 +273,31 @@ FASTWRS_KERNEL void __launch_bounds__(kMostThreads, kResidentBlocks)
   if (is_skipped(params.header)) return;
   if (block_index() < params.header.blocks) {
     const uint32_t tensor = tensor_of(params, block_index());
-    Stepper<Rule, kSlots, P, G, S, kWalk>(params, tensor).run();
+    Stepper<Rule, kSlots, P, G, S, kWalk>(params, tensor).run(params, tensor);
   }
   advance_steps(params);
 }
 
 // ---- what follows where a group does not fit a tile ----------------------------------------------------------------
 
-// Finishes the sums of some groups of one unit, entry.tile of them, in a fixed order; they become factors.
-template <class C, bool kWalk>
-FASTWRS_DEVICE void finish_sums(const Params<1>& params, uint32_t tensor) {
-  const Header& header = params.header;
-  const Entry<1>& entry = params.entries[tensor];
-  const Control<C>& control = record_of<Control<C>>(params, entry.record);
-  const Moment<C> moment = moment_of(control, entry.step);
-  const Projection<C> projection = projection_of(control, moment.rescale, moment.shrink);
-  const int64_t* about = entry.measure == kNone ? nullptr : pool_of(params) + entry.measure;
-  const uint32_t wants = wanted_sums(moment.rescale, moment.shrink, about != nullptr);
-  if (wants == 0) return;
-
-  // Partial sums lie [sum][unit][row of tiles][column]; behind them is a factor for each group.
-  const int64_t cols = kWalk ? 1 : entry.cols, row_tiles = entry.partial.row_tiles, per_sum = entry.partial.per_sum;
-  const uint32_t strips = strips_of(uint32_t(cols), entry.tile), block = block_index() - entry.first_block;
-  const int64_t unit = block / strips, first_col = int64_t(block % strips) * entry.tile;
-  const uint32_t groups = uint32_t(cols - first_col < entry.tile ? cols - first_col : entry.tile);
-  C* workspace = static_cast<C*>(header.workspace) + entry.workspace;
-  const C* sums_of = workspace + unit * row_tiles * cols + first_col;
-  C* factors = workspace + header.sum_kinds * per_sum;
-
-  const int64_t first_group = unit * cols + first_col;
-  const auto conclude = [&](const C(&sums)[kSums], uint32_t group) {
-    C norm[kSums];
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) norm[k] = square_root(sums[k]);
-    const C factor = projection_factor(projection, norm[kBefore], norm[kUpdated]);
-    store(factors + first_group + group, factor);
-    if (about) measure(measured_row(header, about, first_group + group), norm, factor, projection);
-  };
-  C* partial = reinterpret_cast<C*>(shared_memory());
-  if (groups == 1) {
-    C sums[kSums];
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-      sums[k] = 0;
-      if (!(wants >> k & 1)) continue;
-      Compensated<C> mine;
-      for (int64_t row = thread_index(); row < row_tiles; row += thread_count())
-        mine.add(load(sums_of + k * per_sum + row));
-      sums[k] = sum_over_block(mine.sum, partial + k * (thread_count() / kWarp));
-    }
-    if (thread_index() == 0) conclude(sums, 0);
-    return;
-  }
-  const uint32_t lanes = lanes_for(groups, thread_count());
-#pragma unroll 1
-  for (uint32_t task = thread_index(); task < groups * lanes; task += thread_count()) {
-    const uint32_t group = task % groups, lane = task / groups;
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-      if (!(wants >> k & 1)) continue;
-      Compensated<C> sum;
-      for (int64_t row = lane; row < row_tiles; row += lanes) sum.add(load(sums_of + k * per_sum + row * cols + group));
-      partial[(k * lanes + lane) * groups + group] = sum.sum;
-    }
-  }
-  barrier();  // the sums of the lanes are complete
-#pragma unroll 1
-  for (uint32_t group = thread_index(); group < groups; group += thread_count()) {
-    C sums[kSums];
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) sums[k] = wants >> k & 1 ? sum_of_lanes(partial, k, lanes, groups, group) : C(0);
-    conclude(sums, group);
-  }
-}
-
 template <class P, bool kWalk>
 FASTWRS_KERNEL void __launch_bounds__(kMostThreads, kResidentBlocks)
     finish_kernel(FASTWRS_PARAMETER(Params<1>) params) {
   if (is_skipped(params.header)) return;
-  finish_sums<compute_t<P>, kWalk>(params, tensor_of(params, block_index()));
+  const uint32_t tensor = tensor_of(params, block_index());
+  const Entry<1>& entry = params.entries[tensor];
+  const int64_t cols = kWalk ? 1 : entry.cols;
+  const uint32_t strips = strips_of(uint32_t(cols), entry.tile), block = block_index() - entry.first_block;
+  const int64_t first_col = int64_t(block % strips) * entry.tile;
+  const uint32_t groups = uint32_t(cols - first_col < entry.tile ? cols - first_col : entry.tile);
+  const auto& control = record_of<Control<compute_t<P>>>(params, entry.record);
+  const Finisher<compute_t<P>> finisher(params, tensor, control, cols);
+  if (finisher.wants == 0) return;
+  if (groups == 1) {
+    finisher.finish_one(block / strips, first_col);
+  } else {
+    finisher.finish_some(block / strips, first_col, groups);
+  }
 }
 
 // Multiplies the weights of one tile by the factors of their groups.

@@ -62,7 +62,7 @@ struct Header {
   const float* found_inf;   // null: never
   float* measured;          // [rows, 8]
   void* workspace;          // of the compute type
-  uint32_t* ticket;         // 0 before and after a launch
+  uint32_t* ticket;         // 0 before and after a launch; behind it one for each tensor
   uint32_t tensors, blocks;
   uint32_t records, pool;  // where they begin, in bytes from the first entry
   uint32_t tile_elements;  // of a kPartial tile, at most
@@ -86,6 +86,10 @@ struct Record {
   Control<C> control;
   Constants constants;
 };
+
+// Rules with a gate: what lies in front of the pool for each tensor. Where its gate is in the workspace, in numbers of
+// the compute type (-1: it has none), and which channel an element belongs to (Geometry::channel_of).
+enum GateNumbers { kGatePlace, kChannelInner, kChannels, kGateNumbers };
 
 // What the pool holds for a tensor is appended by geometry.h: from Entry::measure on where to write what is measured,
 // from Entry::cols on how one is walked by strides.

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "../norms/gate.h"
 #include "../norms/geometry.h"
 #include "../norms/measured.h"
 #include "../rules/all.h"
@@ -25,7 +26,9 @@ constexpr int64_t kOwnTile = 1024;
 constexpr int64_t kStrips[] = {32, 16}, kPartialColumns = 64;
 // Bytes of weights that are updated before their second pass follows, which then finds them in the L2 cache.
 constexpr int64_t kChunkBytes = int64_t(16) << 20;
-constexpr int64_t kTicketBytes = 16, kMostBlocks = (int64_t(1) << 31) - 1;
+// One ticket for a launch, and one for each of its tensors.
+constexpr int64_t kTicketBytes = 2048, kMostBlocks = (int64_t(1) << 31) - 1;
+static_assert((1 + Params<2>::kEntries) * 4 <= kTicketBytes, "a ticket for every tensor");
 
 // How one tensor is cut, and what of its record matters for that.
 struct TensorCut {
@@ -48,6 +51,16 @@ uint32_t tile_shared(int64_t groups, int64_t elements, const Need& need, bool he
   const bool at_once = groups == 1 && !need.all;
   const uint32_t lists = at_once ? (held ? 1 : 0) : need.lists() + (held && !need.updated && !need.all);
   return sums_bytes<C>(uint32_t(groups), need.kinds(), threads) + lists * values_bytes<C>(uint32_t(elements));
+}
+
+bool runs_gate(int rule) {
+  bool gated = false;
+  int index = 0;
+#define FASTWRS_RULE(Rule) \
+  if (rule == index++) gated = Rule::kGated;
+  FASTWRS_RULES(FASTWRS_RULE)
+#undef FASTWRS_RULE
+  return gated;
 }
 
 template <class C>
@@ -88,7 +101,7 @@ class Cutter {
     const int64_t held_bytes = std::min(limits_.shared_per_block, limits_.held_bytes);
     if (unit * int64_t(sizeof(C)) <= held_bytes) {
       // Sums of many small groups take more than their elements: fewer then, rather than a block for each group.
-      int64_t units = units_per_tile(g, need);
+      int64_t units = units_per_tile(g, need.lists());
       while (units > 1 && !fits(cut, units * g.cols, units * unit, need, true, held_bytes)) units /= 2;
       if (fits(cut, units * g.cols, units * unit, need, true, held_bytes)) {
         cut.kind = TileKind::kUnits;
@@ -116,11 +129,47 @@ class Cutter {
     return cut;
   }
 
+  // How the first pass of a rule with a gate is cut: by the rows of dimension 0.
+  TensorCut cut_gate(int64_t i) const {
+    TensorView view = job_.tensors[i];
+    const bool gated = view.dims >= 2;
+    if (gated) view.reduced = ((int64_t(1) << view.dims) - 1) & ~int64_t(1);
+    TensorCut cut;
+    cut.geometry = geometry_of(view, gated);
+    Geometry& g = cut.geometry;
+    const int64_t numel = g.numel(), unit = g.unit_size(), most = kTileBytes / int64_t(sizeof(C));
+    cut.tile = most;
+    if (numel == 0) return cut;
+    cut.tiles = (numel + most - 1) / most;
+    if (!gated) return cut;
+    if (g.cols > int64_t(kNone)) throw std::runtime_error("fastwrs: a tensor has more than 2^32 rows side by side");
+    int64_t lists = kGateLists;
+    if (unit < kOwnTile) {
+      cut.kind = TileKind::kUnits;
+      cut.tile = units_per_tile(g, kGateLists);
+      cut.tiles = (g.units + cut.tile - 1) / cut.tile;
+    } else {
+      cut.kind = TileKind::kPartial;
+      cut.tile = std::min(g.cols, kPartialColumns);
+      if (g.cols == 1) lists = 0;  // a row, or a part of one, is summed in registers
+      const int64_t rows = partial_elements_ / cut.tile;
+      cut.row_tiles = (g.rows + rows - 1) / rows;
+      cut.tiles = g.units * cut.row_tiles * ((g.cols + cut.tile - 1) / cut.tile);
+    }
+    const bool whole = cut.kind == TileKind::kUnits;
+    const int64_t elements = whole ? cut.tile * unit : partial_elements_, groups = whole ? cut.tile * g.cols : cut.tile;
+    cut.shared =
+        sums_bytes<C>(uint32_t(groups), kGateSums, limits_.threads) + lists * values_bytes<C>(uint32_t(elements));
+    cut.shared = std::max<int64_t>(cut.shared, gate_bytes<C>(kGateSums, limits_.threads));
+    cut.wide = cut.shared > kNarrowBytes;
+    return cut;
+  }
+
  private:
-  int64_t units_per_tile(const Geometry& g, const Need& need) const {
+  int64_t units_per_tile(const Geometry& g, uint32_t lists) const {
     const int64_t unit = g.unit_size();
     if (unit >= kOwnTile) return 1;
-    int64_t units = std::max<int64_t>(1, kTileBytes / int64_t(sizeof(C)) / std::max(1u, need.lists()) / unit);
+    int64_t units = std::max<int64_t>(1, kTileBytes / int64_t(sizeof(C)) / std::max(1u, lists) / unit);
     const int64_t whole = vector_ / std::gcd(unit, vector_);  // so many units are whole vectors: tiles begin aligned
     if (units > whole) units -= units % whole;
     return std::min(units, g.units);
@@ -176,7 +225,7 @@ void append_rule(const TensorStep& s, std::vector<char>& bytes) {
 
 template <class C>
 void append_record(const StepJob& job, Phase phase, const TensorStep& s, std::vector<char>& bytes) {
-  if (phase != Phase::kStep) {
+  if (phase != Phase::kStep && phase != Phase::kGate) {
     const Control<C> control = control_of<C>(s);
     const char* begin = reinterpret_cast<const char*>(&control);
     bytes.insert(bytes.end(), begin, begin + sizeof control);
@@ -194,7 +243,12 @@ template <class C>
 class Builder {
  public:
   Builder(const StepJob& job, const Limits& limits, const KernelKey& key, bool wide, uint32_t tile_elements)
-      : job_(job), limits_(limits), key_(key), wide_(wide), arrays_(key.phase == Phase::kStep ? 2 + job.slots : 1) {
+      : job_(job),
+        limits_(limits),
+        key_(key),
+        wide_(wide),
+        arrays_(key.phase == Phase::kStep || key.phase == Phase::kGate ? 2 + job.slots : 1),
+        asks_gates_(key.phase == Phase::kStep && runs_gate(job.rule)) {
     header_.tile_elements = tile_elements;
     header_.sum_kinds = job.measured ? kSums : 2;
   }
@@ -202,7 +256,8 @@ class Builder {
   bool empty() const { return header_.tensors == 0; }
 
   // False if the launch is full; then it is as before.
-  bool add(int64_t i, const TensorCut& cut, int64_t tiles, bool advances, int64_t workspace) {
+  // `gate`: where in the workspace its gate is, of a step that asks it.
+  bool add(int64_t i, const TensorCut& cut, int64_t tiles, bool advances, int64_t workspace, int64_t gate = -1) {
     const TensorView& view = job_.tensors[i];
     const TensorStep& step = job_.steps[i];
     const size_t records = records_.size(), pool = pool_.size();
@@ -219,13 +274,14 @@ class Builder {
     entry.first_block = header_.blocks;
     entry.tile = uint32_t(cut.tile);
     entry.measure = kNone;
-    if (job_.measured && view.norm_row >= 0 && view.reduced != 0)
+    if (key_.phase != Phase::kGate && job_.measured && view.norm_row >= 0 && view.reduced != 0)
       entry.measure = uint32_t(append_measure(cut.geometry, view, pool_));
     entry.workspace = uint32_t(workspace);
     entry.record = record_of(step);
     entry.kind = cut.kind;
     entry.flags = (step.fresh ? kFresh : 0) | (advances ? kAdvances : 0);
-    const int64_t bytes = (header_.tensors + 1) * entry_bytes() + int64_t(records_.size() + pool_.size() * 8);
+    const int64_t gates = asks_gates_ ? int64_t(gates_.size()) + kGateNumbers : 0;
+    const int64_t bytes = (header_.tensors + 1) * entry_bytes() + int64_t(records_.size() + (pool_.size() + gates) * 8);
     const int64_t blocks = header_.blocks + tiles;
     if (bytes > capacity() || blocks > kMostBlocks || entry.record == kNoRecord) {
       if (empty()) throw std::runtime_error("fastwrs: a tensor is too large, or has too many dimensions, for a launch");
@@ -240,6 +296,7 @@ class Builder {
       const char* data = reinterpret_cast<const char*>(&view.array[k].data);
       entries_.insert(entries_.end(), data, data + sizeof(void*));
     }
+    if (asks_gates_) gates_.insert(gates_.end(), {gate, cut.geometry.channel_inner, cut.geometry.channels});
     header_.blocks = uint32_t(blocks);
     ++header_.tensors;
     shared_ = std::max(shared_, cut.shared);
@@ -254,7 +311,7 @@ class Builder {
     launch->threads = limits_.threads;
     launch->shared_bytes = uint32_t(shared_);
     header_.records = uint32_t(entries_.size());
-    header_.pool = uint32_t(entries_.size() + records_.size());
+    header_.pool = uint32_t(entries_.size() + records_.size() + gates_.size() * 8);
     header_.grad_scale = static_cast<const float*>(job_.grad_scale.data);
     header_.found_inf = static_cast<const float*>(job_.found_inf.data);
     header_.measured = job_.measured;
@@ -265,6 +322,7 @@ class Builder {
     to += sizeof header_;
     std::memcpy(to, entries_.data(), entries_.size());
     std::memcpy(to + header_.records, records_.data(), records_.size());
+    if (!gates_.empty()) std::memcpy(to + header_.pool - gates_.size() * 8, gates_.data(), gates_.size() * 8);
     if (!pool_.empty()) std::memcpy(to + header_.pool, pool_.data(), pool_.size() * 8);
     const uint32_t tile_elements = header_.tile_elements, sum_kinds = header_.sum_kinds;
     header_ = Header();
@@ -273,6 +331,7 @@ class Builder {
     entries_.clear();
     records_.clear();
     pool_.clear();
+    gates_.clear();
     group_.clear();
     shared_ = 0;
     return launch;
@@ -301,9 +360,10 @@ class Builder {
   KernelKey key_;
   bool wide_;
   int arrays_;
+  bool asks_gates_;
   Header header_{};
   std::vector<char> entries_, records_;
-  std::vector<int64_t> pool_, group_;
+  std::vector<int64_t> pool_, gates_, group_;
   int64_t shared_ = 0;
 };
 
@@ -317,21 +377,58 @@ int64_t plan_launches(const StepJob& job, const Limits& limits, std::vector<std:
   // Tensors whose groups fit tiles: dense and not, narrow blocks and wide ones.
   Builder<C> whole[2][2] = {{builder(Phase::kStep, false, false), builder(Phase::kStep, false, true)},
                             {builder(Phase::kStep, true, false), builder(Phase::kStep, true, true)}};
-  // The others, three launches one after the other.
+  // The others, two launches one after the other; three where groups are columns.
   struct Chunk {
     Builder<C> step, finish, project;
+    bool columns;
     int64_t bytes, sums;
   };
-  Chunk chunk[2] = {{builder(Phase::kStep, false, true), builder(Phase::kFinish, false, false),
-                     builder(Phase::kProject, false, true), 0, 0},
-                    {builder(Phase::kStep, true, true), builder(Phase::kFinish, true, false),
-                     builder(Phase::kProject, true, true), 0, 0}};
-  int64_t most_sums = 0;
+  const auto new_chunk = [&](bool walk, bool columns) {
+    return Chunk{builder(Phase::kStep, walk, true),
+                 builder(Phase::kFinish, walk, false),
+                 builder(Phase::kProject, walk, true),
+                 columns,
+                 0,
+                 0};
+  };
+  Chunk chunks[] = {new_chunk(false, false), new_chunk(false, true), new_chunk(true, false)};
+  // First passes of a rule with a gate: what they leave in the workspace stays there until all is done.
+  std::vector<int64_t> gates(job.tensors.size(), -1);
+  int64_t gate_sums = 0;
+  if (runs_gate(job.rule)) {
+    Builder<C> first[2][2] = {{builder(Phase::kGate, false, false), builder(Phase::kGate, false, true)},
+                              {builder(Phase::kGate, true, false), builder(Phase::kGate, true, true)}};
+    for (size_t i = 0; i < job.tensors.size(); ++i) {
+      const TensorCut cut = cutter.cut_gate(int64_t(i));
+      if (cut.tiles == 0) continue;
+      if (cut.kind != TileKind::kElements) {
+        gates[i] = gate_sums;
+        const int64_t rows = cut.geometry.groups();
+        gate_sums += kGateRows + kGateSums * (rows + (cut.kind == TileKind::kPartial ? rows * cut.row_tiles : 0));
+        if (gate_sums >= int64_t(kNone)) throw std::runtime_error("fastwrs: a list of tensors has too many rows");
+      }
+      Builder<C>& b = first[cut.geometry.strided()][cut.wide];
+      const int64_t place = std::max<int64_t>(0, gates[i]);
+      if (b.add(int64_t(i), cut, cut.tiles, false, place)) continue;
+      launches.push_back(b.finish());
+      b.add(int64_t(i), cut, cut.tiles, false, place);
+    }
+    for (auto& walk : first) {
+      for (Builder<C>& b : walk) {
+        if (!b.empty()) launches.push_back(b.finish());
+      }
+    }
+  }
+  int64_t most_sums = gate_sums;
+  for (Chunk& c : chunks) c.sums = gate_sums;
   const auto flush = [&](Chunk& c) {
     if (c.step.empty()) return;
-    for (Builder<C>* b : {&c.step, &c.finish, &c.project}) launches.push_back(b->finish());
+    launches.push_back(c.step.finish());
+    if (c.columns) launches.push_back(c.finish.finish());
+    launches.push_back(c.project.finish());
     most_sums = std::max(most_sums, c.sums);
-    c.bytes = c.sums = 0;
+    c.bytes = 0;
+    c.sums = gate_sums;
   };
 
   for (size_t i = 0; i < job.tensors.size(); ++i) {
@@ -339,12 +436,13 @@ int64_t plan_launches(const StepJob& job, const Limits& limits, std::vector<std:
     const bool walk = cut.geometry.strided();
     if (cut.kind != TileKind::kPartial) {
       Builder<C>& b = whole[walk][cut.wide];
-      if (b.add(int64_t(i), cut, cut.tiles, true, 0)) continue;
+      if (b.add(int64_t(i), cut, cut.tiles, true, 0, gates[i])) continue;
       launches.push_back(b.finish());
-      b.add(int64_t(i), cut, cut.tiles, true, 0);
+      b.add(int64_t(i), cut, cut.tiles, true, 0, gates[i]);
       continue;
     }
-    Chunk& c = chunk[walk];
+    const bool columns = !walk && cut.geometry.cols > 1;
+    Chunk& c = chunks[walk ? 2 : columns];
     const int64_t bytes = cut.geometry.numel() * size_of(job.dtypes.param);
     const int64_t sums = (job.measured ? kSums : 2) * cut.row_tiles * cut.geometry.groups();
     if (c.bytes + bytes > kChunkBytes) flush(c);
@@ -353,9 +451,9 @@ int64_t plan_launches(const StepJob& job, const Limits& limits, std::vector<std:
     project.shared = 0;
     const int64_t finish_tiles = cut.tiles / cut.row_tiles;
     for (int attempt = 0; attempt < 2; ++attempt) {
-      if (c.step.add(int64_t(i), cut, cut.tiles, false, c.sums)) {
+      if (c.step.add(int64_t(i), cut, cut.tiles, false, c.sums, gates[i])) {
         // Their entries are smaller than those of the step.
-        c.finish.add(int64_t(i), finish, finish_tiles, false, c.sums);
+        if (columns) c.finish.add(int64_t(i), finish, finish_tiles, false, c.sums);
         c.project.add(int64_t(i), project, cut.tiles, true, c.sums);
         break;
       }
@@ -370,7 +468,7 @@ int64_t plan_launches(const StepJob& job, const Limits& limits, std::vector<std:
       if (!b.empty()) launches.push_back(b.finish());
     }
   }
-  for (Chunk& c : chunk) flush(c);
+  for (Chunk& c : chunks) flush(c);
   return kTicketBytes + most_sums * int64_t(sizeof(C));
 }
 

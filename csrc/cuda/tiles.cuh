@@ -9,6 +9,9 @@
 
 namespace fastwrs::cuda {
 
+// Threads of a block at most, and how many blocks of so many a multiprocessor should have registers for.
+constexpr uint32_t kMostThreads = 256, kResidentBlocks = 2;
+
 // Loops whose length is known at run time alone are not unrolled: nvcc would make four copies of each, with all that is
 // inlined in them, which costs registers, instruction cache, and half of the time to compile.
 
@@ -66,6 +69,11 @@ FASTWRS_DEVICE uint32_t tensor_of(const Params<kArrays>& params, uint32_t block)
     (params.entries[middle].first_block <= block ? low : high) = middle;
   }
   return low;
+}
+
+// Any non-zero found_inf, NaN too, skips everything.
+FASTWRS_DEVICE bool is_skipped(const Header& header) {
+  return header.found_inf && load_shared_by_all(header.found_inf) != 0;
 }
 
 template <class C>
@@ -152,6 +160,20 @@ FASTWRS_DEVICE void advance_steps(const Params<kArrays>& params) {
       for (int k = 0; k < kMeasured; ++k) store(row + k, measured_of_nothing(k));
     }
   }
+}
+
+// Whether all other blocks of the tensor have left what they have to leave; asked once by each.
+template <int kArrays>
+FASTWRS_DEVICE bool is_last_of_tensor(const Params<kArrays>& params, uint32_t tensor) {
+  const Header& header = params.header;
+  const uint32_t end = tensor + 1 == header.tensors ? header.blocks : params.entries[tensor + 1].first_block;
+  uint32_t* ticket = header.ticket + 1 + tensor;
+  barrier();  // all threads of this block have left their sums
+  bool last = false;
+  if (thread_index() == 0) last = take_ticket(ticket) == end - params.entries[tensor].first_block - 1;
+  if (!barrier_any(last)) return false;
+  if (thread_index() == 0) store(ticket, 0u);
+  return true;
 }
 
 // ---- tiles ---------------------------------------------------------------------------------------------------------
@@ -346,11 +368,22 @@ FASTWRS_DEVICE C sum_over_block(C x, C* scratch) {
   return sum;
 }
 
-// Sums of squares of the groups of a tile, from its lists of values. Lanes share a group;
-// consecutive threads take consecutive values. Leaves partial sums [sum][lane][group]; finish with sum_of_lanes after a
-// barrier.
+// The largest number of all threads, NaN if one is.
 template <class C>
-FASTWRS_DEVICE void sum_groups(const Tile& tile, const Lists& lists, uint32_t wants, C* partial) {
+FASTWRS_DEVICE C largest_of_block(C x, C* scratch) {
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = maximum(x, shuffle_xor(x, lanes));
+  if (thread_index() % kWarp == 0) scratch[thread_index() / kWarp] = x;
+  barrier();  // the largest of the warps are complete
+#pragma unroll 1
+  for (uint32_t warp = 0; warp < thread_count() / kWarp; ++warp) x = maximum(x, scratch[warp]);
+  return x;
+}
+
+// Sums over the groups of a tile; term(k, place) is what an element adds to sum k. Lanes share a group; consecutive
+// threads take consecutive elements. Leaves partial sums [sum][lane][group]; finish with sum_of_lanes after a barrier.
+template <class C, int kCount, class Term>
+FASTWRS_DEVICE void sum_groups(const Tile& tile, uint32_t wants, C* partial, const Term& term) {
   const uint32_t groups = tile.n / tile.unit_size * tile.cols, rows = tile.unit_size / tile.cols;
   const uint32_t lanes = lanes_for(groups, thread_count());
 #pragma unroll 1
@@ -358,13 +391,11 @@ FASTWRS_DEVICE void sum_groups(const Tile& tile, const Lists& lists, uint32_t wa
     const uint32_t col = task % tile.cols, lane = task / tile.cols % lanes, unit = task / tile.cols / lanes;
     const uint32_t group = unit * tile.cols + col;
 #pragma unroll
-    for (int k = 0; k < kSums; ++k) {
+    for (int k = 0; k < kCount; ++k) {
       if (!(wants >> k & 1)) continue;
       Compensated<C> sum;
-      const C* values = on_chip<C>(lists.of<C>(k, tile));
       for (uint32_t row = lane; row < rows; row += lanes) {
-        const C x = values[unit * tile.unit_size + row * tile.cols + col];
-        sum.add(x * x);
+        sum.add(term(k, unit * tile.unit_size + row * tile.cols + col));
       }
       partial[(k * lanes + lane) * groups + group] = sum.sum;
     }

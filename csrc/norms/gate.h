@@ -1,6 +1,6 @@
-// The gate of AdamP and SGDP: whether a step loses its part along the weights. Scale-invariant weights are orthogonal to
-// their gradient, so a tensor's gate opens where every row of dimension 0 (a channel) nearly is, or else the tensor as
-// one row. Heo et al., AdamP, ICLR 2021, in the form of the authors' package.
+// The gate of AdamP and SGDP: whether a step loses its part along the weights. Scale-invariant weights are orthogonal
+// to their gradient, so a tensor's gate opens where every row of dimension 0 (a channel) nearly is, or else the tensor
+// as one row. Heo et al., AdamP, ICLR 2021, in the form of the authors' package.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,19 @@ FASTWRS_BEGIN
 // What is summed over a row: step * w, g * w, g^2, w^2. The order is that of the sums in a workspace.
 enum GateSum { kStepWeight, kGradWeight, kGradGrad, kWeightWeight, kGateSums };
 
+// What an element adds to such a sum.
+template <class T>
+FASTWRS_HD T gate_term(int sum, T step, T grad, T weight) {
+  return (sum == kStepWeight ? step : sum == kWeightWeight ? weight : grad) * (sum == kGradGrad ? grad : weight);
+}
+
+// The values that such terms are made of.
+enum GateList { kStepList, kGradList, kWeightList, kGateLists };
+
 enum class Gate { kClosed, kByChannel, kWhole };
+// A gate in a workspace: what it has decided, what is taken out of all rows alike, then of each row (kStepWeight) and
+// the other sums of each.
+enum GatePlace { kGateDecision, kGateAlong, kGateRows };
 
 template <class T>
 FASTWRS_HD T at_least(T x, T least) {

@@ -16,6 +16,8 @@ from fastwrs.plan import StepCall
 from fastwrs.spec import DTYPE_TRIPLES
 
 NAME = "cuda"
+TICKET_BYTES = 2048
+"""What of a workspace has to be 0 before a step, and is after it: the tickets of a launch and of its tensors."""
 _TOO_SMALL = "fastwrs: the workspace has"
 
 

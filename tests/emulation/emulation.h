@@ -67,6 +67,10 @@ T load(const T* address) {
   emulation::about_to_read(address, sizeof(T));
   return *address;
 }
+template <class T>
+T load_others(const T* address) {
+  return load(address);
+}
 // Counted once for the block.
 template <class T>
 T load_shared_by_all(const T* address) {
