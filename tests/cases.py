@@ -158,8 +158,8 @@ OPTIONS: dict[str, Option] = {
 }
 """Rule options by name; `fresh`, the step count and lr as a tensor are swept elsewhere."""
 
-# Gradients here know nothing of their weights: the cosine of a row of n elements is about 1 / sqrt(n), so that a delta of
-# 6 opens nearly every gate by its rows, one of 1 some, mostly as a whole, and one of 0.1 hardly any.
+# Gradients here know nothing of their weights: the cosine of a row of n elements is about 1 / sqrt(n), so that a delta
+# of 6 opens nearly every gate by its rows, one of 1 some, mostly as a whole, and one of 0.1 hardly any.
 GATED: dict[str, Option] = {
     "adamp": _adamp(weight_decay=0.2),
     "adamp.open": _adamp(delta=6.0, weight_decay=0.3, wd_ratio=0.4),
@@ -317,7 +317,14 @@ SHAPES_LARGE = [(300, 200), (40, 5000), (8195, 5)]
 SHAPES_EDGE = [(9, 15), (9, 16), (9, 17), (5, 127), (5, 128), (5, 129), (37, 1021)]
 SHAPES_LONG = [(2, 16383), (2, 16384), (2, 16385), (2, 32767), (2, 32768), (2, 32769), (2, 70001), (1, 70001)]
 # Groups in columns, of matrices too tall for a tile: what is summed is far apart in memory.
-COLUMNS = [((950, 20), (0,)), ((950, 70), (0,)), ((2, 950, 17), (1,)), ((3700, 6), (0,)), ((3700, 65), (0,)), ((950, 1), (0,))]
+COLUMNS = [
+    ((950, 20), (0,)),
+    ((950, 70), (0,)),
+    ((2, 950, 17), (1,)),
+    ((3700, 6), (0,)),
+    ((3700, 65), (0,)),
+    ((950, 1), (0,)),
+]
 SHAPES_1D = [(), (1,), (0,), (2,), (17,), (8191,)]
 SHAPES_3D = [(7, 11, 13), (3, 1, 9), (2, 0, 4)]
 

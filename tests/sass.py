@@ -110,6 +110,15 @@ class Kernel:
         """Words of 16 bytes that such a vector has in each array."""
         return [SIZES[name] * self.vector // 16 for name in self.types]
 
+    @property
+    def stored(self) -> int:
+        """Words of such a vector in the arrays that may be written: all, but for the passes of a rule with a gate."""
+        if not (self.rule and RULES[self.rule].gated):
+            return sum(self.words)
+        if self.phase == "gate":
+            return sum(self.words[1:])
+        return sum(self.words) if self.rule == "sgdp" else sum(self.words[:2])  # its states have been written before
+
     def __str__(self) -> str:
         dtypes = (*self.types[:2], self.state_type) if self.rule else self.types
         rule = f" {self.rule} {len(self.types) - 2}" if self.rule else ""
@@ -122,19 +131,22 @@ def kernels_of(triple: int) -> set[Kernel]:
     kernels = {Kernel(phase, (param,), walk) for phase in ("finish", "project") for walk in (False, True)}
     for rule, walk in product(RULES.values(), (False, True)):
         for slots in range(sum(slot.when is None for slot in rule.slots), len(rule.slots) + 1):
-            kernels.add(Kernel("step", (param, grad, *[state] * slots), walk, rule.name, state))
+            for phase in ("gate", "step") if rule.gated else ("step",):
+                kernels.add(Kernel(phase, (param, grad, *[state] * slots), walk, rule.name, state))
     return kernels
 
 
 def kernel_of(demangled: str) -> Kernel:
     """The kernel that a function is, by its C++ name."""
-    match = re.match(r"void fastwrs::cuda::(step|finish|project)_kernel<(.*)>\(", demangled)
+    match = re.match(r"void fastwrs::cuda::(gate|step|finish|project)_kernel<(.*)>\(", demangled)
     # nothing else may be there: a function that is not inlined has registers, stack and memory accesses of its own
     assert match, f"not a kernel, or not one that tests/sass.py knows: {demangled}"
     phase, arguments = match[1], [re.sub(r"\w+::", "", argument) for argument in match[2].split(", ")]
     walk = arguments.pop() == "true"
-    if phase != "step":
+    if phase in ("finish", "project"):
         return Kernel(phase, tuple(arguments), walk)
+    if phase == "gate":
+        arguments.insert(1, str(len(RULES[arguments[0].lower()].slots)))
     rule, slots, param, grad, state = arguments
     return Kernel(phase, (param, grad, *[state] * int(slots)), walk, rule.lower(), state)
 
@@ -396,8 +408,8 @@ def doubles(code: Code) -> list[str]:
 def narrow_accesses(code: Code) -> list[str]:
     """Where the loop over contiguous memory does not take 16 bytes at a time.
 
-    In step_kernel an array that is not aligned as the parameter is goes element by element, in the same loop. So a
-    vector of all arrays may come with one narrow access per element of each array but the first, and hardly more: an
+    In gate_kernel and step_kernel an array that is not aligned as the parameter is goes element by element, in the same
+    loop. So a vector of all arrays may come with one narrow access per element of each array but the first, and hardly more: an
     array that is never read in vectors has narrow accesses without wide ones.
     """
     kernel, faults = code.kernel, []
@@ -410,10 +422,12 @@ def narrow_accesses(code: Code) -> list[str]:
         vectors = loop.wide_loads / words  # more than one where the compiler unrolls
         if vectors < 1 or loop.wide_loads % words:
             faults.append(f"{code}: {loop.wide_loads} words are loaded, {words} are a vector of all arrays")
-        if loop.wide_stores < vectors * words:
+        if loop.wide_stores < vectors * kernel.stored:
             faults.append(f"{code}: {loop.wide_stores} words are stored for {loop.wide_loads} that are loaded")
-        # project_kernel reads a factor for each element, step_kernel the scale of the gradients
-        enough = others + 1 if kernel.phase == "step" else kernel.vector
+        # project_kernel reads a factor for each element, step_kernel the scale of the gradients, and with a gate what it
+        # takes out of each element's step
+        asks = kernel.vector if kernel.phase == "step" and RULES[kernel.rule].gated else 0
+        enough = kernel.vector if kernel.phase == "project" else others + 1 + asks
         if loop.narrow_loads > vectors * enough:
             faults.append(f"{code}: {loop.narrow_loads} narrow loads, {enough} are enough")
         if loop.narrow_stores > vectors * others:

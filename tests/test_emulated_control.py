@@ -23,7 +23,9 @@ from emulated import PASSED
 pytestmark = pytest.mark.emulated_control
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS, TILES = "csrc/cuda/kernels.cuh", "csrc/cuda/tiles.cuh"
+FINISH, GATE, GATE_MATHS = "csrc/cuda/finish.cuh", "csrc/cuda/gate.cuh", "csrc/norms/gate.h"
 PLAN = "csrc/cuda/plan.cpp"
+FILES = KERNELS, TILES, FINISH, GATE
 NEIGHBOUR = "(unit ? unit - 1 : 0)"
 OBJECTS = ("kernels_0.o", "kernels_2.o"), ("cuda_plan.o",)  # the triples of emulated.small_cases; what the host does
 THREADS = "64"
@@ -49,8 +51,15 @@ MUTANTS = (
     barrier("the values are complete"),
     barrier("the partial sums are complete"),
     barrier("the factors are complete"),
-    barrier("the sums of the lanes are complete"),
+    barrier("the sums of this unit are taken"),
+    barrier("the sums of the lanes are complete", FINISH),
     barrier("the sums of the warps are complete", TILES),
+    barrier("the largest of the warps are complete", TILES),
+    barrier("the gate's values are complete", GATE),
+    barrier("the gate's partial sums are complete", GATE),
+    barrier("the sums of the rows before are taken", GATE),
+    barrier("the parts of these rows are complete", GATE),
+    barrier("all threads of this block have left their sums", TILES, race=False, message="a ticket is taken while"),
     barrier("all threads of this block have read their step", TILES, race=False, message="a ticket is taken while"),
     Mutant("no barrier before steps advance", TILES, "if (!barrier_any(last)) return;", "if (!last) return;"),
     Mutant("a bound off by one", TILES, "tile.base < size ?", "tile.base + 1 < size ?"),
@@ -63,8 +72,18 @@ MUTANTS = (
     Mutant("the factor of the neighbour", TILES, "factors + unit * cols", f"factors + {NEIGHBOUR} * cols"),
     Mutant("a step advanced too early", TILES, "== block_count() - 1", "== 0"),
     Mutant("a ticket is kept", TILES, "store(header.ticket, 0u)", "store(header.ticket, 1u)"),
+    Mutant("sums finished too early", TILES, "== end - params.entries[tensor].first_block - 1", "== 0"),
+    Mutant("a tensor's ticket is kept", TILES, "store(ticket, 0u)", "store(ticket, 1u)"),
+    Mutant(
+        "no barrier after a tensor's ticket", TILES, "if (!barrier_any(last)) return false;", "if (!last) return false;"
+    ),
+    Mutant("NaN opens a gate", GATE_MATHS, "cosine < quotient(delta, ", "!(cosine >= quotient(delta, "),
+    Mutant("the channel of the neighbour", GATE, "if (++rest_ == gate_.inner_)", "if (rest_++ == gate_.inner_)"),
+    Mutant("one channel for two", GATE, "(first + 1) * inner_", "(first + 2) * inner_"),
+    Mutant("unscaled twice", GATE, "if (scalars_.nesterov == 0) write(grad()", "write(grad()"),
+    Mutant("a gate for the whole tensor takes nothing", GATE, "gate_along(total, scalars_.eps) : C(0)", "C(0) : C(0)"),
     Mutant("the schedule of the step before", TILES, "(step)) + C(1)", "(step))"),
-    Mutant("an overflow of two devices counts", KERNELS, "(header.found_inf) != 0", "(header.found_inf) == 1"),
+    Mutant("an overflow of two devices counts", TILES, "(header.found_inf) != 0", "(header.found_inf) == 1"),
     Mutant("vectors anywhere", TILES, "(address) % kWordBytes == 0", "(address) != 0"),
     Mutant("only the first weights are scaled", KERNELS, "factors += groups_of<1, kWalk>(entry).first;", ""),
     Mutant("partial sums of one kind", KERNELS, "k * int64_t(entry_.partial.per_sum) + first", "first"),
@@ -164,5 +183,5 @@ def test_caught(control: Control, mutant: Mutant) -> None:
 
 def test_every_barrier_has_a_mutant() -> None:
     """A barrier that is added without one is not shown to be needed."""
-    there = sum((ROOT / file).read_text(encoding="utf-8").count("  barrier();") for file in (KERNELS, TILES))
+    there = sum((ROOT / file).read_text(encoding="utf-8").count("barrier();  //") for file in FILES)
     assert there == sum(mutant.old.startswith("barrier();") for mutant in MUTANTS)

@@ -49,8 +49,8 @@ class Stepper : TileArrays<kSlots, P, G, S, kWalk> {
     const int64_t units = entry_.partial.per_sum / entry_.partial.row_tiles;
 #pragma unroll 1
     for (int64_t unit = 0; unit < units; ++unit) {
-      if (unit > 0) barrier();  // the sums of the unit before are taken
       finisher.finish_one(unit, 0);
+      barrier();  // the sums of this unit are taken
     }
   }
 
