@@ -8,7 +8,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fastwrs
+from fastwrs.spec import MEASURED
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("context", "kernels")]
 
@@ -36,8 +37,9 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"momentum": 0.9, "dampening": 0.2, "weight_decay": 0.01}),
     ("SGD", {"momentum": 0.8, "nesterov": True}),
     ("AdamW", {"betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.1, "amsgrad": True}),
+    ("AdamP", {"delta": 1.0, "weight_decay": 0.1, "nesterov": True}),  # gates of all kinds
 ]
-BOTH = [KINDS[0], KINDS[2]]
+SOME = [KINDS[0], *KINDS[2:]]
 LONG_ENOUGH = 500_000_000  # cycles that the device is kept busy: about a quarter of a second
 
 
@@ -130,7 +132,7 @@ def check_against_reference(
 
 
 @pytest.mark.parametrize("rescale", RESCALES.values(), ids=[name.replace(" ", "_") for name in RESCALES])
-@pytest.mark.parametrize(("name", "options"), KINDS, ids=["SGD", "nesterov", "AdamW"])
+@pytest.mark.parametrize(("name", "options"), KINDS, ids=["SGD", "nesterov", "AdamW", "AdamP"])
 def test_steps_equal_the_reference(name: str, options: dict[str, Any], rescale: Any) -> None:
     """The second parameter gets its first gradient late."""
 
@@ -141,7 +143,7 @@ def test_steps_equal_the_reference(name: str, options: dict[str, Any], rescale: 
     check_against_reference(name, options, rescale, SHAPES, take)
 
 
-@pytest.mark.parametrize(("name", "options"), BOTH, ids=["SGD", "AdamW"])
+@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP"])
 def test_gradients_in_buckets(name: str, options: dict[str, Any]) -> None:
     """Views of one flat tensor, as DistributedDataParallel has them: 0, 4, 8 and 12 bytes off a 16-byte boundary."""
     shapes = ((45, 7), (1,), (33,), (63, 300), (7, 11), (8, 5, 3, 3), (1,), (5, 4099))
@@ -235,7 +237,7 @@ def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 @pytest.mark.parametrize("axis", ["out", (0,)], ids=["out", "two_phases"])
-@pytest.mark.parametrize(("name", "options"), BOTH, ids=["SGD", "AdamW"])
+@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP"])
 def test_a_captured_step_keeps_its_schedule_and_reads_lr(name: str, options: dict[str, Any], axis: Any) -> None:
     """Rescaled in every third step, lr a tensor that changes: 7 replays are 7 eager steps, bit for bit."""
     shapes = (*SHAPES[:3], TALL)
@@ -314,7 +316,7 @@ def test_graphs_of_two_optimizers_in_any_order() -> None:
 # ---- mixed precision ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "options"), BOTH, ids=["SGD", "AdamW"])
+@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP"])
 def test_grad_scaler(name: str, options: dict[str, Any]) -> None:
     """As without a scaler, with an overflow in the very first step and in a later one; gradients end up unscaled."""
     params, twins = on_device(start()), on_device(start())
@@ -342,7 +344,7 @@ def test_grad_scaler(name: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("found", [0.0, 1.0, 2.0, math.nan])
-@pytest.mark.parametrize(("name", "options"), BOTH, ids=["SGD", "AdamW"])
+@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP"])
 def test_nothing_waits_for_the_device(name: str, options: dict[str, Any], found: float) -> None:
     """Whether a step is skipped, rescaled or neither, with lr, scale and found_inf on the device."""
     params = on_device(start((*SHAPES, TALL)))
@@ -361,7 +363,28 @@ def test_nothing_waits_for_the_device(name: str, options: dict[str, Any], found:
     assert same(everything(optimizer), before) == (found != 0)
 
 
-@pytest.mark.parametrize(("name", "options"), BOTH, ids=["SGD", "AdamW"])
+@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP"])
+def test_a_monitor_waits_for_nothing(name: str, options: dict[str, Any]) -> None:
+    """What a step measures stays on the device until somebody reads it; then it is what the reference measures."""
+    rows = []
+    for device, backend in ((on_gpu.DEVICE, on_gpu.BACKEND), ("cpu", "reference")):
+        params = [nn.Parameter(tensor.to(device)) for tensor in start((*SHAPES, TALL))]
+        optimizer = make(name, options, params, fastwrs.Rescale(every=2), backend=backend)
+        monitor = fastwrs.Monitor(optimizer)
+        for step in range(2):
+            give(params, step)
+            optimizer.step()
+        give(params, 2)
+        with no_waiting() if device == on_gpu.DEVICE else nullcontext():
+            optimizer.step()
+        rows.append(monitor.channels())
+    for mine, theirs in zip(*rows, strict=True):
+        assert mine.keys() == theirs.keys()
+        for column in MEASURED:
+            torch.testing.assert_close(torch.tensor(mine[column]), torch.tensor(theirs[column]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP"])
 def test_gradients_that_move_in_every_step(name: str, options: dict[str, Any]) -> None:
     """Steps that the host queues ahead of the device find each its own gradients, and nothing waits."""
     shapes = (*SHAPES[:3], TALL)
@@ -435,9 +458,11 @@ def traced(step: Callable[[], object], folder: Path) -> list[dict[str, Any]]:
     return [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "AdamP"])
 @pytest.mark.parametrize(("which", "most"), [("resnet50", 1), ("llama_1b", 1), ("tiny", 5)])
 def test_launches_per_step(which: str, most: int, name: str, tmp_path: Path) -> None:
+    if name == "AdamP":  # states, then weights; and a little more for each tensor of a launch
+        most = 2 * most + (most > 1) * 2
     groups = split(lists.LISTS[which].params(), 10**6 if which == "tiny" else 300)
     options = {"momentum": 0.9} if name == "SGD" else {}
     optimizer = getattr(fastwrs, name)(groups, lr=0.01, backend=on_gpu.BACKEND, **options)
@@ -452,7 +477,7 @@ def test_launches_per_step(which: str, most: int, name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("place", [None, "cpu"], ids=["same_device", "through_the_CPU"])
-@pytest.mark.parametrize(("name", "options"), BOTH, ids=["SGD", "AdamW"])
+@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP"])
 def test_resuming_through_a_file_continues_bit_for_bit(name: str, options: dict[str, Any], place: str | None) -> None:
     params = on_device(start())
     optimizer = make(name, options, params, fastwrs.Rescale(every=3))
