@@ -158,8 +158,8 @@ OPTIONS: dict[str, Option] = {
 }
 """Rule options by name; `fresh`, the step count and lr as a tensor are swept elsewhere."""
 
-# Gradients here know nothing of their weights: the cosine of a row of n elements is about 1 / sqrt(n), so that a delta of
-# 6 opens nearly every gate by its rows, one of 1 some, mostly as a whole, and one of 0.1 hardly any.
+# Gradients here know nothing of their weights: the cosine of a row of n elements is about 1 / sqrt(n), so that a delta
+# of 6 opens nearly every gate by its rows, one of 1 some, mostly as a whole, and one of 0.1 hardly any.
 GATED: dict[str, Option] = {
     "adamp": _adamp(weight_decay=0.2),
     "adamp.open": _adamp(delta=6.0, weight_decay=0.3, wd_ratio=0.4),
