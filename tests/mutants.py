@@ -43,6 +43,18 @@ def _sgd(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "csrc/rules/sgd.h", old, new)
 
 
+def _adamp(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/rules/adamp.h", old, new)
+
+
+def _sgdp(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/rules/sgdp.h", old, new)
+
+
+def _gate(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/norms/gate.h", old, new)
+
+
 def _projection(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "csrc/norms/projection.h", old, new)
 
@@ -75,6 +87,20 @@ MUTANTS = (
     _sgd("no nesterov", "s.nesterov != 0 ? g + s.momentum * buffer : buffer", "buffer"),
     _sgd("no dampening", "1 - h[kDampening]", "1"),
     _sgd("no first step", "s.first != 0 ? g :", ""),
+    _adamp("no ratio of weight decay", "open ? s.open_keep : s.keep", "s.keep"),
+    _adamp("no nesterov in adamp", "s.nesterov != 0 ? s.beta1 * state[0] + s.one_minus_beta1 * g :", ""),
+    _sgdp("a buffer that is always projected", "s.project_momentum != 0 ? step : state[0]", "step"),
+    # the gate
+    _gate("a gate that forgets the length of rows", "quotient(delta, square_root(T(length)))", "delta"),
+    _gate("the cosine has a sign", "cosine < 0 ? -cosine : cosine", "cosine"),
+    _gate(
+        "along weights that are not of length 1",
+        "quotient(quotient(sums[kStepWeight], norm), norm)",
+        "quotient(sums[kStepWeight], norm)",
+    ),
+    _worker("the last row alone decides", "largest = maximum(largest, gate_cosine(", "largest = (gate_cosine("),
+    Mutant("vectors have a gate", "csrc/cpu/engine.cpp", "view.dims < 2 ? 0", "view.dims < 1 ? 0"),
+    _leaves("the second pass leaves the gradient scaled", "if (unscale) grad[i] = narrow(g, G());", ""),
     # schedule, rescale, shrink
     _projection("rescale a step late", "every * whole(t / every) == t", "every * whole((t - 1) / every) == t - 1"),
     _projection("stop is included", "t < stop", "t <= stop"),
