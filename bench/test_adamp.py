@@ -30,12 +30,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "AdamW": {"lr": 1e-3, "weight_decay": 1e-2},
 }
 BYTES = {"AdamP": 40, "SGDP": 28}
-"""Per fp32 element, in two passes: parameter, gradient and states, then parameter and states; SGDP's open gate has 32."""
+"""Per fp32 element: parameter, gradient and states, then parameter and states; 32 where SGDP projects its buffer."""
 OPEN = 1e9
 
 
 def timm(name: str) -> Any:
-    """timm's class. Its module is imported by itself: the whole package wants torchvision."""
+    """The class of timm. Its module is imported by itself: the whole package wants torchvision."""
     found = importlib.util.find_spec("timm")
     if found is None or not found.submodule_search_locations:
         pytest.skip("timm is not installed")

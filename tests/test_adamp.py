@@ -11,9 +11,10 @@ import pytest
 import torch
 from authors import CHANNEL, CLOSED, CONV, FP64, LAYER, LINEAR, VECTOR, WAYS, Run, authors, gradient, run, start
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastwrs
-from fastwrs import Rescale, Shrink
+from fastwrs import Rescale, Shrink, dispatch
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("backend")]
 
@@ -229,6 +230,32 @@ def test_a_step_with_found_inf_changes_nothing(name: str, way: str) -> None:
     found.optimizer.step()
     assert all(map(torch.equal, held, before))
     assert all(torch.equal(p.grad, g) for p, g in zip(found.ours, gradients, strict=True))  # type: ignore[arg-type]
+
+
+def test_f8_one_launch_whatever_the_gates_decide(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The authors' code asks the host what to do next, once or twice for each tensor."""
+    launches, operations = [], []
+    launch = dispatch.launch
+    monkeypatch.setattr(dispatch, "launch", lambda *a, **o: (launches.append(a), launch(*a, **o)))
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            operations.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for name in NAMES:
+        params = [nn.Parameter(w) for w in start((CONV, CONV, LINEAR, VECTOR))]
+        optimizer = getattr(fastwrs, name)(params, **options(name))
+        for step in range(3):
+            for k, (param, way) in enumerate(zip(params, (*WAYS, CLOSED), strict=True)):
+                param.grad = gradient(param, way, 10 * step + k)
+            launches.clear()
+            operations.clear()
+            with Seen():
+                optimizer.step()
+            assert len(launches) == 1
+        if backend != "reference":
+            assert operations == ["fastwrs.step.default"]
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
