@@ -99,7 +99,7 @@ MUTANTS = (
         "quotient(sums[kStepWeight], norm)",
     ),
     _worker("the last row alone decides", "largest = maximum(largest, gate_cosine(", "largest = (gate_cosine("),
-    Mutant("vectors have a gate", "csrc/cpu/engine.cpp", "view.dims < 2 ? 0", "view.dims < 1 ? 0"),
+    Mutant("no rows for the gate", "csrc/cpu/engine.cpp", "- 1) & ~int64_t(1);", "- 1);"),
     _leaves("the second pass leaves the gradient scaled", "if (unscale) grad[i] = narrow(g, G());", ""),
     # schedule, rescale, shrink
     _projection("rescale a step late", "every * whole(t / every) == t", "every * whole((t - 1) / every) == t - 1"),
