@@ -126,7 +126,9 @@ _GATE = (
     Hyper("wd_ratio", low=0.0),
     Hyper("nesterov", flag=True),
 )
-_GATE_SOURCE = "Heo et al., AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights, ICLR 2021"
+_GATE_SOURCE = (
+    "Heo et al., AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights, ICLR 2021"
+)
 
 _ADAMP = Rule(
     name="adamp",

@@ -159,19 +159,20 @@ OPTIONS: dict[str, Option] = {
 """Rule options by name; `fresh`, the step count and lr as a tensor are swept elsewhere."""
 
 # Gradients here know nothing of their weights: the cosine of a row of n elements is about 1 / sqrt(n), so that a delta
-# of 6 opens nearly every gate by its rows, one of 1 some, mostly as a whole, and one of 0.1 hardly any.
+# of 6 opens nearly every gate by its rows, one of 0.9 some, mostly as a whole, and one of 0.1 hardly any. Not 1: that
+# is the cosine of rows of one element, and a rounding would decide.
 GATED: dict[str, Option] = {
     "adamp": _adamp(weight_decay=0.2),
     "adamp.open": _adamp(delta=6.0, weight_decay=0.3, wd_ratio=0.4),
-    "adamp.some": _adamp(delta=1.0, beta1=0.5, beta2=0.9, eps=1e-3, weight_decay=0.1),
+    "adamp.some": _adamp(delta=0.9, beta1=0.5, beta2=0.9, eps=1e-3, weight_decay=0.1),
     "adamp.nesterov": _adamp(delta=6.0, nesterov=1, weight_decay=0.2, wd_ratio=0.5, maximize=1),
-    "adamp.beta0": _adamp(delta=1.0, nesterov=1, beta1=0.0, beta2=0.5),
+    "adamp.beta0": _adamp(delta=0.9, nesterov=1, beta1=0.0, beta2=0.5),
     "sgdp": _sgdp(weight_decay=0.03, dampening=0.3),
     "sgdp.open": _sgdp(delta=6.0, weight_decay=0.05, wd_ratio=0.4),
     "sgdp.apart": _sgdp(delta=6.0, momentum=0.7, weight_decay=0.02, project_momentum=0, maximize=1),
-    "sgdp.some": _sgdp(delta=1.0, momentum=0.6, dampening=0.1, eps=1e-3),
+    "sgdp.some": _sgdp(delta=0.9, momentum=0.6, dampening=0.1, eps=1e-3),
     "sgdp.nesterov": _sgdp(delta=6.0, nesterov=1, weight_decay=0.04, wd_ratio=0.2),
-    "sgdp.momentum0": _sgdp(delta=1.0, momentum=0.0, weight_decay=0.1, lr=0.02),
+    "sgdp.momentum0": _sgdp(delta=0.9, momentum=0.0, weight_decay=0.1, lr=0.02),
 }
 """Options of the rules with a gate, which have cases of their own."""
 ALL_OPTIONS = OPTIONS | GATED
@@ -542,7 +543,7 @@ def _add_gated(add: Callable[..., None], tensor: Callable[..., TensorCase]) -> N
         for project, tags, more in variants:
             tensors = [tensor(), tensor((13, 29), axis="out"), tensor((40, 50)), TensorCase((0,), None)]
             gated("gate", tensors, option, project, tags=tags, dtypes=DTYPES[k], **more)
-    rows = ((("delta", 6.0), ("every", 1)), (("delta", 0.0), ("rate", 2.0)), (("nesterov", 1), ("delta", 1.0)))
+    rows = ((("delta", 6.0), ("every", 1)), (("delta", 0.0), ("rate", 2.0)), (("nesterov", 1), ("delta", 0.9)))
     for option in ("adamp", "sgdp"):
         mixed = [tensor(row=k % 3) for k in range(30)]
         gated("gate", [*mixed, tensor((2, 16385), row=0)], option, records=rows, grad_scale=2.0, tags="records")

@@ -43,6 +43,18 @@ def _sgd(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "csrc/rules/sgd.h", old, new)
 
 
+def _adamp(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/rules/adamp.h", old, new)
+
+
+def _sgdp(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/rules/sgdp.h", old, new)
+
+
+def _gate(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/norms/gate.h", old, new)
+
+
 def _projection(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "csrc/norms/projection.h", old, new)
 
@@ -69,12 +81,26 @@ MUTANTS = (
     _adam("bias correction 2 of the step before", "c.log_beta2, t)", "c.log_beta2, t - 1)"),
     _adam("no decoupled decay", "T(1) - lr * c.decoupled_decay", "T(1)"),
     _adam("no coupled decay in adam", "s.coupled_decay != 0 ? g + s.coupled_decay * w : g", "g"),
-    _adam("eps under the root", "square_root(largest) *", "square_root(largest + s.eps) *"),
+    Mutant("eps under the root", "csrc/rules/moments.h", "square_root(v) *", "square_root(v + eps) *"),
     _adam("amsgrad without its maximum", "state[2] = largest = maximum(", "state[2] = maximum("),
     _sgd("no weight decay in sgd", "s.weight_decay != 0 ? g + s.weight_decay * w : g", "g"),
     _sgd("no nesterov", "s.nesterov != 0 ? g + s.momentum * buffer : buffer", "buffer"),
     _sgd("no dampening", "1 - h[kDampening]", "1"),
     _sgd("no first step", "s.first != 0 ? g :", ""),
+    _adamp("no ratio of weight decay", "open ? s.open_keep : s.keep", "s.keep"),
+    _adamp("no nesterov in adamp", "s.nesterov != 0 ? s.beta1 * state[0] + s.one_minus_beta1 * g :", ""),
+    _sgdp("a buffer that is always projected", "s.project_momentum != 0 ? step : state[0]", "step"),
+    # the gate
+    _gate("a gate that forgets the length of rows", "quotient(delta, square_root(T(length)))", "delta"),
+    _gate("the cosine has a sign", "cosine < 0 ? -cosine : cosine", "cosine"),
+    _gate(
+        "along weights that are not of length 1",
+        "quotient(quotient(sums[kStepWeight], norm), norm)",
+        "quotient(sums[kStepWeight], norm)",
+    ),
+    _worker("the last row alone decides", "largest = maximum(largest, gate_cosine(", "largest = (gate_cosine("),
+    Mutant("no rows for the gate", "csrc/cpu/engine.cpp", "- 1) & ~int64_t(1);", "- 1);"),
+    _leaves("the second pass leaves the gradient scaled", "if (unscale) grad[i] = narrow(g, G());", ""),
     # schedule, rescale, shrink
     _projection("rescale a step late", "every * whole(t / every) == t", "every * whole((t - 1) / every) == t - 1"),
     _projection("stop is included", "t < stop", "t <= stop"),
@@ -93,9 +119,7 @@ MUTANTS = (
         "axes |= ((mask >> d) & 1) << (view.dims - 1 - d);\n  view.reduced = axes;",
     ),
     Mutant("norms in the wrong order", "csrc/norms/geometry.cpp", "if (!row_major && !dim.reduced)", "if (false)"),
-    _leaves(
-        "sums without a last element", "j < m; ++j) lanes[j] += kSquare", "j + (n == m) < m; ++j) lanes[j] += kSquare"
-    ),
+    _leaves("sums without a last element", "j < m; ++j) lanes[j] += term", "j + (n == m) < m; ++j) lanes[j] += term"),
     _leaves(
         "running sums",
         "for (int64_t j = 0; j < width; ++j) {\n    level[j] =",
@@ -112,8 +136,12 @@ MUTANTS = (
     _leaves("the rest of a gradient is its beginning", "(a.grad) + done, values, n);", "(a.grad), values, n);"),
     # the update
     _leaves("no last element", "Accumulator<C>::kLanes : n;", "Accumulator<C>::kLanes : n - 1;"),
-    _leaves("maximize ignored", "a.maximize ? C(-1) : C(1)", "C(1)"),
-    _leaves("the unscaled gradient is not written", "grad[i] = narrow(g, G());", ""),
+    _leaves("maximize ignored", "const C sign = a.maximize ? C(-1) : C(1)", "const C sign = C(1)"),
+    _leaves(
+        "the unscaled gradient is not written",
+        "g = g / grad_scale;\n        grad[i] = narrow(g, G());",
+        "g = g / grad_scale;",
+    ),
     Mutant(
         "scattered by the parameter's strides",
         "csrc/cpu/gather.h",

@@ -409,8 +409,8 @@ def narrow_accesses(code: Code) -> list[str]:
     """Where the loop over contiguous memory does not take 16 bytes at a time.
 
     In gate_kernel and step_kernel an array that is not aligned as the parameter is goes element by element, in the same
-    loop. So a vector of all arrays may come with one narrow access per element of each array but the first, and hardly more: an
-    array that is never read in vectors has narrow accesses without wide ones.
+    loop. So a vector of all arrays may come with one narrow access per element of each array but the first, and hardly
+    more: an array that is never read in vectors has narrow accesses without wide ones.
     """
     kernel, faults = code.kernel, []
     if kernel.walk or kernel.phase == "finish":

@@ -61,6 +61,27 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("Adam", {"eps": -1e-8}, "Invalid epsilon value"),
     ("AdamW", {"weight_decay": -1}, "Invalid weight_decay value: -1"),
     ("AdamW", {"maximize": 2}, "Invalid maximize value: 2"),
+    ("AdamP", {"betas": (0.9, 1.0)}, "Invalid beta parameter at index 1: 1.0"),
+    ("AdamP", {"betas": 0.9}, "betas must be two numbers"),
+    ("AdamP", {"lr": -0.1}, "Invalid learning rate: -0.1"),
+    ("SGDP", {"momentum": 1.0}, r"Invalid momentum value: 1.0.*in \[0, 1\)"),
+    ("SGDP", {"momentum": -0.1}, "Invalid momentum value: -0.1"),
+    ("SGDP", {"dampening": float("inf")}, "Invalid dampening value: inf"),
+    ("SGDP", {"project_momentum": 0.5}, "Invalid project_momentum value: 0.5.*True or False"),
+    *(
+        (name, {option: value}, message)
+        for name in ("AdamP", "SGDP")
+        for option, value, message in (
+            ("eps", -1e-8, "Invalid epsilon value: -1e-08"),
+            ("delta", float("nan"), "Invalid delta value: nan: delta must be finite"),
+            ("delta", HUGE, "Invalid delta value: too large"),
+            ("wd_ratio", -0.1, "Invalid wd_ratio value: -0.1.*>= 0"),
+            ("wd_ratio", None, "Invalid wd_ratio value: None: it must be a number"),
+            ("nesterov", 2, "Invalid nesterov value: 2.*True or False"),
+            ("weight_decay", -1, "Invalid weight_decay value: -1"),
+            ("differentiable", True, "differentiable=True is not supported"),
+        )
+    ),
     ("SGD", {"differentiable": True}, "differentiable=True is not supported"),
     ("SGD", {"state_dtype": torch.float16}, "state_dtype must be None or torch.bfloat16"),
     ("SGD", {"state_dtype": torch.bfloat16}, r"params\[0\]\[0\].*state_dtype.*bfloat16 parameters only"),
@@ -78,7 +99,7 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("name", "options", "message"), OPTIONS, ids=lambda value: str(value))
 def test_options_are_refused_at_construction(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        getattr(fastwrs, name)([weight()], **options)
+        getattr(fastwrs, name)([weight()], **({"lr": 0.1} | options))
 
 
 def test_options_of_another_type() -> None:

@@ -37,7 +37,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"momentum": 0.9, "dampening": 0.2, "weight_decay": 0.01}),
     ("SGD", {"momentum": 0.8, "nesterov": True}),
     ("AdamW", {"betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.1, "amsgrad": True}),
-    ("AdamP", {"delta": 1.0, "weight_decay": 0.1, "nesterov": True}),  # gates of all kinds
+    ("AdamP", {"delta": 0.9, "weight_decay": 0.1, "nesterov": True}),  # gates of all kinds
 ]
 SOME = [KINDS[0], *KINDS[2:]]
 LONG_ENOUGH = 500_000_000  # cycles that the device is kept busy: about a quarter of a second

@@ -67,6 +67,7 @@ def set_gradients(groups: list[dict[str, Any]], step: int, scale: float = 1.0) -
 
 def make(name: str, groups: list[dict[str, Any]], **options: Any) -> Any:
     defaults = {"AdamW": {"lr": 0.02, "weight_decay": 0.1}, "SGD": {"lr": 0.05, "momentum": 0.8}}
+    defaults |= {"AdamP": {**defaults["AdamW"], "delta": 5.0}, "SGDP": {**defaults["SGD"], "delta": 5.0}}
     return getattr(fastwrs, name)([dict(group) for group in groups], **defaults[name], **options)
 
 
@@ -110,6 +111,7 @@ def check(optimizer: Any, before: dict[str, Inputs], figures: dict[str, dict[str
         ("SGD", torch.float32),
         ("SGD", torch.bfloat16),
         *(("AdamW", d) for d in (torch.float32, torch.float64, torch.half)),
+        *((name, d) for name in ("AdamP", "SGDP") for d in (torch.float32, torch.bfloat16)),
     ],
     ids=str,
 )
@@ -129,7 +131,15 @@ def test_the_figures_are_the_oracles(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("SGD", torch.bfloat16), ("AdamW", torch.float32), ("AdamW", torch.float64)], ids=str
+    ("name", "dtype"),
+    [
+        ("SGD", torch.bfloat16),
+        ("AdamW", torch.float32),
+        ("AdamW", torch.float64),
+        ("AdamP", torch.float32),
+        ("SGDP", torch.bfloat16),
+    ],
+    ids=str,
 )
 def test_a_measured_step_changes_no_bit(name: str, dtype: torch.dtype) -> None:
     results = []

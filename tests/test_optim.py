@@ -205,10 +205,10 @@ def test_late_momentum_stays_fresh_over_a_skipped_step() -> None:
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "AdamP", "SGDP"])
 def test_grad_scaler(name: str) -> None:
     """As without a scaler, with an overflow in the very first step and in a later one; gradients end up unscaled."""
-    options = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.1}
+    options = {"lr": 0.1, "momentum": 0.9} if name.startswith("SGD") else {"lr": 0.1}
     params, expected = parameters(shapes=((4, 3), (5,))), parameters(shapes=((4, 3), (5,)))
     optimizer = getattr(fastwrs, name)(params, **options)
     plain = getattr(fastwrs, name)(expected, **options)

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import tolerances
 import torch
+from authors import authors
 from calls import LAYOUTS
-from cases import CASES, DATA, DTYPES, OPTIONS, PROJECTIONS, Case, TensorCase, select
+from cases import ALL_OPTIONS, CASES, DATA, DTYPES, GATED, OPTIONS, PROJECTIONS, Case, TensorCase, select
 from tolerances import Inputs, check, snapshot, ulp
 from torch import Tensor
 
@@ -76,9 +77,35 @@ def test_takes_another_correct_order_of_operations(option: str, dtypes: tuple[st
     assert 0 < check(inputs, got) <= 1
 
 
+@pytest.mark.parametrize("option", GATED)
+@pytest.mark.parametrize("dtypes", FULL, ids="-".join)
+def test_takes_the_step_of_the_authors(option: str, dtypes: tuple[str, str, str]) -> None:
+    """Their AdamP and SGDP take means where we take sums, and divide weights by their norm before they multiply."""
+    inputs = one(option, dtypes, axis=None)
+    h, param = inputs.hyper, torch.nn.Parameter(inputs.param.clone())
+    param.grad = -inputs.grad if h["maximize"] else inputs.grad.clone()
+    names = ("lr", "eps", "weight_decay", "delta", "wd_ratio", "nesterov")
+    options: dict[str, Any] = {name: h[name] for name in names}
+    states = {name: state.clone() for name, state in inputs.states.items()}
+    if inputs.rule == "adamp":
+        optimizer = authors("AdamP")([param], **options, betas=(h["beta1"], h["beta2"]))
+        optimizer.state[param] = {**states, "step": inputs.t - 1}
+    else:
+        kind = authors("SGDP", clones=not h["project_momentum"])
+        optimizer = kind([param], **options, momentum=h["momentum"], dampening=h["dampening"])
+        optimizer.state[param] = {"momentum": states["momentum_buffer"]}
+    optimizer.step()
+    assert 0 < check(inputs, {"param": param.detach(), "grad": inputs.grad, **states}) <= 1
+
+
 # What a wrong kernel would compute: the formula from these inputs instead of the right ones.
 def _hyper(**values: float) -> Callable[[Inputs], Inputs]:
     return lambda inputs: replace(inputs, hyper={**inputs.hyper, **values})
+
+
+def _first_buffer(inputs: Inputs) -> dict[str, Tensor]:
+    """The buffer after which a step makes the gradient the buffer, as SGD's first step does."""
+    return {"momentum_buffer": inputs.grad * (inputs.hyper["dampening"] / inputs.hyper["momentum"])}
 
 
 FAULTS: dict[str, tuple[str, str, Callable[[Inputs], Inputs]]] = {
@@ -105,6 +132,16 @@ FAULTS: dict[str, tuple[str, str, Callable[[Inputs], Inputs]]] = {
     "wrong power": ("adamw", "shrink.5", _hyper(power=1)),
     "norms of the wrong axis": ("adam", "rescale", lambda i: replace(i, dims=(0,))),
     "norm of the whole tensor": ("sgd", "rescale", lambda i: replace(i, dims=(0, 1))),
+    "a gate that is never open": ("adamp.open", "none", _hyper(delta=0)),
+    "a gate that is always open": ("adamp", "none", _hyper(delta=1e9)),
+    "no gate in SGDP": ("sgdp.open", "shrink", _hyper(delta=0)),
+    "no ratio of weight decay": ("adamp.open", "none", _hyper(wd_ratio=1)),
+    "no nesterov in AdamP": ("adamp.nesterov", "none", _hyper(nesterov=0)),
+    "no nesterov in SGDP": ("sgdp.nesterov", "rescale", _hyper(nesterov=0)),
+    "decay not divided by 1 - momentum": ("sgdp.open", "none", lambda i: _hyper(weight_decay=0.05 * 0.1)(i)),
+    "buffer not projected": ("sgdp.open", "none", _hyper(project_momentum=0)),
+    "buffer projected": ("sgdp.apart", "none", _hyper(project_momentum=1)),
+    "the first gradient is the buffer": ("sgdp", "none", lambda i: replace(i, states=_first_buffer(i))),
     "gradient not unscaled": ("sgd", "none", lambda i: replace(i, grad_scale=None)),
 }
 
@@ -120,6 +157,19 @@ def test_sees_a_wrong_formula(fault: str, dtypes: tuple[str, str, str]) -> None:
     wrong.pop("measured")  # seen by the weights and states themselves
     assert check(inputs, formula(inputs)) <= 1
     rejects(inputs, wrong, "ulps off")
+
+
+@pytest.mark.parametrize("dtypes", FULL, ids="-".join)
+@pytest.mark.parametrize("option", ["adamp.open", "sgdp.open", "sgdp.apart"])
+def test_sees_a_wrong_projection(option: str, dtypes: tuple[str, str, str]) -> None:
+    """What belongs to the row before, what one row for all would give, and a projection along half of the weights."""
+    inputs = one(option, dtypes)
+    right, got = inputs.run(torch.float64), formula(inputs)
+    step, w = right.update + right.removed, inputs.param.double()
+    whole = w * (w * step).sum() / w.square().sum()
+    for wrong in (right.removed.roll(1, dims=0), whole, 0.5 * right.removed):
+        move = inputs.lr * (right.removed - wrong)
+        rejects(inputs, {**got, "param": (got["param"].double() + move).to(got["param"].dtype)}, "ulps off")
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
@@ -237,7 +287,7 @@ def test_norm_deviation() -> None:
 def test_the_list_of_cases_covers_what_it_says() -> None:
     assert len({case.id for case in CASES}) == len(CASES) > 300
     tensors = [(case, tensor) for case in CASES for tensor in case.tensors]
-    assert {(case.option, case.dtypes) for case in CASES} == set(itertools.product(OPTIONS, DTYPES))
+    assert {(case.option, case.dtypes) for case in CASES} == set(itertools.product(ALL_OPTIONS, DTYPES))
     assert {tensor.data for _, tensor in tensors} == set(DATA)
     layouts = {(tensor.layouts[0], tensor.layouts[1]) for _, tensor in tensors if len(tensor.shape) == 4}
     assert layouts == set(itertools.product(LAYOUTS, LAYOUTS))

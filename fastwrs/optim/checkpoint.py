@@ -34,7 +34,9 @@ _SHARED = (
 )
 """Options that tell nothing about which optimizer a dict comes from; ours, which only we have, neither."""
 _OPTIONS: tuple[tuple[str, Any], ...] = (("rescale", Rescale), ("shrink", Shrink))
-
+_GATE = {"lr", "weight_decay", "eps", "delta", "wd_ratio", "nesterov"}
+_AUTHORS = {"AdamP": _GATE | {"betas"}, "SGDP": _GATE | {"momentum", "dampening"}}
+"""What the param groups of the package ``adamp`` have; ours of the same name have that and more."""
 
 _LATE = "momentum_buffer"
 """The state that starts as the first gradient, which torch does where it is missing. Ours is there before."""
@@ -135,7 +137,7 @@ def _check_kind(optimizer: FusedOptimizer, saved: Mapping[str, Any], g: int) -> 
     """Refuses the groups of another optimizer.
 
     Those that share none of the options that are the rule's own; and those that have all options of another optimizer
-    of torch, if these are more than ours, or just these (RAdam's are a part of Adam's).
+    of torch or of ``adamp``, if these are more than ours, or just these: RAdam's are a part of Adam's, SGD's of SGDP's.
     """
     own = [name for name in optimizer.defaults if name not in (*_SHARED, *dict(_OPTIONS))]
     if not any(name in saved for name in own):
@@ -143,9 +145,10 @@ def _check_kind(optimizer: FusedOptimizer, saved: Mapping[str, Any], g: int) -> 
             f"param group {g} of the state dict has none of {', '.join(own)}: it is not that of "
             f"{type(optimizer).__name__}. It has {', '.join(sorted(map(str, saved)))}"
         )
-    there, ours = set(saved) - {"params", "param_names"}, set(optimizer.defaults) - set(dict(_OPTIONS))
-    for name, keys in _keys_of_torch().items():
-        if keys != ours and (there == keys or (keys <= there and not keys <= ours)):
+    there, ours = set(saved) - {"params", "param_names", *dict(_OPTIONS)}, set(optimizer.defaults) - set(dict(_OPTIONS))
+    for name, keys in (_keys_of_torch() | _AUTHORS).items():
+        another = keys != ours and name.lower() != optimizer.rule.name
+        if another and (there == keys or (keys <= there and not keys <= ours)):
             raise ValueError(
                 f"param group {g} of the state dict has the options of {name}: it is not that of "
                 f"{type(optimizer).__name__}. It has {', '.join(sorted(map(str, there)))}"

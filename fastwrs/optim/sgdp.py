@@ -26,8 +26,8 @@ class SGDP(FusedOptimizer):
         w   = w * max(0, 1 - lr * rate * n ** power)      for each norm group, if shrink
         w   = w * target / |w|                            for each norm group, if rescale (then there is no shrink)
 
-    The gate is that of :class:`fastwrs.AdamP`. The arguments up to ``wd_ratio`` are those of the authors' package, whose
-    state dicts load: their buffer is called ``momentum``, ours ``momentum_buffer``.
+    The gate is that of :class:`fastwrs.AdamP`. The arguments up to ``wd_ratio`` are those of the authors' package,
+    whose state dicts load: their buffer is called ``momentum``, ours ``momentum_buffer``.
 
     Args:
         params, lr: as in :class:`fastwrs.SGD`; the learning rate has no default.
@@ -47,8 +47,8 @@ class SGDP(FusedOptimizer):
         TypeError: ``rescale`` or ``shrink`` is of another type.
         RuntimeError: the backend that was asked for cannot run here.
 
-    Source: Heo et al., *AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights*, ICLR 2021,
-    in the form of the authors' package ``adamp`` 0.3.0.
+    Source: Heo et al., *AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights*, ICLR
+    2021, in the form of the authors' package ``adamp`` 0.3.0.
     """
 
     rule = RULES["sgdp"]
