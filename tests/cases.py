@@ -522,17 +522,18 @@ def _add_gated(add: Callable[..., None], tensor: Callable[..., TensorCase]) -> N
                 for axis in ("out", "in"):
                     gated("gate", [tensor(shape, axis=axis, layouts=(first, second, first))])
     for k, shape in enumerate(SHAPES_LONG):
-        gated("gate", [tensor(shape, axis=("out", "tensor", None, (0,))[k % 4], layouts=(("c", "off")[k % 2],) * 3)])
-    for shape, axis in COLUMNS:
+        long = tensor(shape, axis=("out", "tensor", None, (0,))[k % 4], layouts=(("c", "off")[k % 2],) * 3)
+        gated("gate", [long], ("adamp.open", "sgdp.open")[k % 2], dtypes=DTYPES[k % 3])
+    for k, (shape, axis) in enumerate(COLUMNS):
         gated("gate", [tensor(shape, axis=axis, layouts=("c",) * 3)], project="rescale", measured=False)
-        gated("gate", [tensor(shape, axis=axis, layouts=("tr",) * 3)])
-    for data in DATA:
+        gated("gate", [tensor(shape, axis=axis, layouts=("tr",) * 3)], dtypes=DTYPES[k % 3])
+    for k, data in enumerate(DATA):
         extreme = data in ("tiny", "huge")  # as above; and a norm below eps has no gate of its own
         dtypes = [names for names in DTYPES if not extreme or names[0] in ("float32", "float64")]
         for option in ("sgdp.open", "sgdp.some") if extreme else ("adamp.open", "sgdp.open", "adamp.some"):
             pair = [tensor(shape, data=data) for shape in ((6, 5, 3, 3), (9, 33))]
-            gated("gate", pair, option, dtypes=dtypes[len(data) % len(dtypes)])
-    for option, k in (("adamp.open", 3), ("adamp.nesterov", 5), ("sgdp.open", 0), ("sgdp.nesterov", 4)):
+            gated("gate", pair, option, dtypes=dtypes[(k + 1) % len(dtypes)])
+    for option, k in (("adamp.open", 3), ("adamp.nesterov", 0), ("sgdp.open", 5), ("sgdp.nesterov", 4)):
         variants: list[tuple[str, str, dict[str, Any]]] = [
             ("rescale", "scale3", {"grad_scale": 3.0}),
             ("rescale", "scale1024", {"grad_scale": 1024.0, "measured": False}),

@@ -424,7 +424,7 @@ def narrow_accesses(code: Code) -> list[str]:
             faults.append(f"{code}: {loop.wide_loads} words are loaded, {words} are a vector of all arrays")
         if loop.wide_stores < vectors * kernel.stored:
             faults.append(f"{code}: {loop.wide_stores} words are stored for {loop.wide_loads} that are loaded")
-        # project_kernel reads a factor for each element, step_kernel the scale of the gradients, and with a gate what it
+        # project_kernel reads a factor for each element, step_kernel the scale of the gradients; with a gate, what that
         # takes out of each element's step
         asks = kernel.vector if kernel.phase == "step" and RULES[kernel.rule].gated else 0
         enough = kernel.vector if kernel.phase == "project" else others + 1 + asks

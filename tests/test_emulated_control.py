@@ -72,12 +72,22 @@ MUTANTS = (
     Mutant("the factor of the neighbour", TILES, "factors + unit * cols", f"factors + {NEIGHBOUR} * cols"),
     Mutant("a step advanced too early", TILES, "== block_count() - 1", "== 0"),
     Mutant("a ticket is kept", TILES, "store(header.ticket, 0u)", "store(header.ticket, 1u)"),
-    Mutant("sums finished too early", TILES, "== end - params.entries[tensor].first_block - 1", "== 0"),
+    Mutant(
+        "sums finished too early",
+        TILES,
+        "end - params.entries[tensor].first_block - 1;",
+        "(end - params.entries[tensor].first_block) / 2;",
+    ),
     Mutant("a tensor's ticket is kept", TILES, "store(ticket, 0u)", "store(ticket, 1u)"),
     Mutant(
         "no barrier after a tensor's ticket", TILES, "if (!barrier_any(last)) return false;", "if (!last) return false;"
     ),
-    Mutant("NaN opens a gate", GATE_MATHS, "cosine < quotient(delta, ", "!(cosine >= quotient(delta, "),
+    Mutant(
+        "NaN opens a gate",
+        GATE_MATHS,
+        "return cosine < quotient(delta, root)",
+        "return !(cosine >= quotient(delta, root))",
+    ),
     Mutant("the channel of the neighbour", GATE, "if (++rest_ == gate_.inner_)", "if (rest_++ == gate_.inner_)"),
     Mutant("one channel for two", GATE, "(first + 1) * inner_", "(first + 2) * inner_"),
     Mutant("unscaled twice", GATE, "if (scalars_.nesterov == 0) write(grad()", "write(grad()"),

@@ -43,7 +43,8 @@ FASTWRS_HD T gate_cosine(const T* sums, T eps) {
 // `cosine`: the largest of all rows of so many elements.
 template <class T>
 FASTWRS_HD bool gate_opens(T cosine, T delta, int64_t length) {
-  return cosine < quotient(delta, square_root(T(length)));
+  const T root = square_root(T(length));
+  return cosine < quotient(delta, root);
 }
 
 // What is taken out of a step is this times the weights.

@@ -217,10 +217,11 @@ FASTWRS_MACHINERY uint64_t shuffle_xor(uint64_t x, int lanes) {
 }
 
 FASTWRS_MACHINERY uint32_t take_ticket(uint32_t* counter) {
-  // Blocks run one after the other here. On a GPU the last one to come writes what a slower thread still reads.
+  // Blocks run one after the other here. On a GPU the last one to come writes what a slower thread still reads, and
+  // reads what a slower one has still to write.
   Emulator& e = emulator();
   for (uint32_t i = 0; i < e.count; ++i) {
-    if (e.threads[i].at_work) refuse("a ticket is taken while thread " + std::to_string(i) + " may still read");
+    if (e.threads[i].at_work) refuse("a ticket is taken while thread " + std::to_string(i) + " may still read or write");
   }
   about_to_read(counter, sizeof *counter);
   return (*counter)++;
@@ -233,6 +234,7 @@ FASTWRS_MACHINERY void about_to_read(const void* address, size_t bytes, bool cou
 }
 FASTWRS_MACHINERY void about_to_write(const void* address, size_t bytes) {
   check(address, bytes, "a write");
+  emulator().threads[emulator().thread].at_work = true;
   emulator().written += bytes;
 }
 
