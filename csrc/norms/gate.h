@@ -1,6 +1,6 @@
-// The gate of AdamP and SGDP: whether a step loses its part along the weights. Scale-invariant weights are orthogonal to
-// their gradient, so a tensor's gate opens where every row of dimension 0 (a channel) nearly is, or else the tensor as
-// one row. Heo et al., AdamP, ICLR 2021, in the form of the authors' package.
+// The gate of AdamP and SGDP: whether a step loses its part along the weights. Scale-invariant weights are orthogonal
+// to their gradient, so a tensor's gate opens where every row of dimension 0 (a channel) nearly is, or else the tensor
+// as one row. Heo et al., AdamP, ICLR 2021, in the form of the authors' package.
 #pragma once
 
 #include <cstdint>

@@ -29,17 +29,8 @@ struct AdamP {
     T beta1, one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps, decay, open_decay, delta, nesterov;
   };
   static Constants<double> constants(const double* h) {
-    return {h[kBeta1],
-            1 - h[kBeta1],
-            std::log(h[kBeta1]),
-            h[kBeta2],
-            1 - h[kBeta2],
-            std::log(h[kBeta2]),
-            h[kEps],
-            h[kWeightDecay],
-            h[kWeightDecay] * h[kRatio],
-            h[kDelta],
-            h[kNesterov]};
+    return {h[kBeta1], 1 - h[kBeta1],   std::log(h[kBeta1]),         h[kBeta2], 1 - h[kBeta2], std::log(h[kBeta2]),
+            h[kEps],   h[kWeightDecay], h[kWeightDecay] * h[kRatio], h[kDelta], h[kNesterov]};
   }
 
   template <class T>

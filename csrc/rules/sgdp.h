@@ -26,14 +26,8 @@ struct Sgdp {
   };
   static Constants<double> constants(const double* h) {
     const double decay = h[kWeightDecay] / (1 - h[kMomentum]);
-    return {h[kMomentum],
-            1 - h[kDampening],
-            h[kEps],
-            decay,
-            decay * h[kRatio],
-            h[kDelta],
-            h[kNesterov],
-            h[kNesterov] != 0 ? 0 : h[kProjectMomentum]};
+    return {h[kMomentum],      1 - h[kDampening], h[kEps],      decay,
+            decay * h[kRatio], h[kDelta],         h[kNesterov], h[kNesterov] != 0 ? 0 : h[kProjectMomentum]};
   }
 
   template <class T>
@@ -42,15 +36,8 @@ struct Sgdp {
   };
   template <class T>
   static FASTWRS_HD Scalars<T> prepare(const Constants<T>& c, T lr, T /*t*/, bool /*first*/) {
-    return {lr,
-            c.momentum,
-            c.one_minus_dampening,
-            c.eps,
-            T(1) - lr * c.decay,
-            T(1) - lr * c.open_decay,
-            c.delta,
-            c.nesterov,
-            c.project_momentum};
+    return {lr,      c.momentum, c.one_minus_dampening, c.eps, T(1) - lr * c.decay, T(1) - lr * c.open_decay,
+            c.delta, c.nesterov, c.project_momentum};
   }
 
   template <class T>
