@@ -146,8 +146,8 @@ MUTANTS = (
     # the update
     _leaves(
         "no last element",
-        "C(1);\n  const int64_t turns = kSum ? Accumulator<C>::kTurns : 1, length = kSum ? Accumulator<C>::kLanes : n;",
-        "C(1);\n  const int64_t turns = kSum ? Accumulator<C>::kTurns : 1, length = (kSum ? Accumulator<C>::kLanes : n) - 1;",
+        "C(widen(param[i]));\n      C g",
+        "C(widen(param[i]));\n      if (i + 1 == n) continue;\n      C g",
     ),
     _leaves("maximize ignored", "const C sign = a.maximize ? C(-1) : C(1)", "const C sign = C(1)"),
     _leaves(
