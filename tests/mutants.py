@@ -99,8 +99,17 @@ MUTANTS = (
         "quotient(sums[kStepWeight], norm)",
     ),
     _worker("the last row alone decides", "largest = maximum(largest, gate_cosine(", "largest = (gate_cosine("),
+    _leaves(
+        "a gate on another product",
+        "lanes[kGradWeight * length + j] += g * w;",
+        "lanes[kGradWeight * length + j] += u * w;",
+    ),
     Mutant("no rows for the gate", "csrc/cpu/engine.cpp", "- 1) & ~int64_t(1);", "- 1);"),
-    _leaves("the second pass leaves the gradient scaled", "if (unscale) grad[i] = narrow(g, G());", ""),
+    _leaves(
+        "the second pass leaves the gradient scaled",
+        "g = g / grad_scale;\n          grad[i] = narrow(g, G());",
+        "g = g / grad_scale;",
+    ),
     # schedule, rescale, shrink
     _projection("rescale a step late", "every * whole(t / every) == t", "every * whole((t - 1) / every) == t - 1"),
     _projection("stop is included", "t < stop", "t <= stop"),
@@ -135,7 +144,11 @@ MUTANTS = (
     _leaves("u is measured by the gradient", "lanes[3 * length + j] += u * u;", "lanes[3 * length + j] += g * g;"),
     _leaves("the rest of a gradient is its beginning", "(a.grad) + done, values, n);", "(a.grad), values, n);"),
     # the update
-    _leaves("no last element", "Accumulator<C>::kLanes : n;", "Accumulator<C>::kLanes : n - 1;"),
+    _leaves(
+        "no last element",
+        "C(widen(param[i]));\n      C g",
+        "C(widen(param[i]));\n      if (i + 1 == n) continue;\n      C g",
+    ),
     _leaves("maximize ignored", "const C sign = a.maximize ? C(-1) : C(1)", "const C sign = C(1)"),
     _leaves(
         "the unscaled gradient is not written",

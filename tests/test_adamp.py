@@ -255,7 +255,7 @@ def test_f8_one_launch_whatever_the_gates_decide(backend: str, monkeypatch: pyte
                 optimizer.step()
             assert len(launches) == 1
         if backend != "reference":
-            assert operations == ["fastwrs.step.default"]
+            assert [name for name in operations if "profiler" not in name] == ["fastwrs.step.default"]
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

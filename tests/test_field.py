@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DATA, OPTIONS
+from cases import ALL_OPTIONS, DATA
 from parity import assert_close_to_torch, gradients, parameters, run
 from tolerances import NORM_BOUND, norm_deviation
 from torch import Tensor, nn
@@ -253,7 +253,7 @@ def test_f12_backends_agree_with_torch_off_the_defaults(name: str, options: dict
 def test_f12_the_cases_of_the_kernels_are_off_the_defaults() -> None:
     """The list that all backends run has every hyperparameter of every rule away from its neutral value."""
     for rule in RULES.values():
-        options = [option.hyper for option in OPTIONS.values() if option.rule == rule.name]
+        options = [option.hyper for option in ALL_OPTIONS.values() if option.rule == rule.name]
         for hyper in rule.hypers:
             assert len({values.get(hyper.name, 0) for values in options}) > 1, f"{rule.name}: {hyper.name}"
     assert {"const", "zero_row", "nan", "inf"} <= set(DATA)

@@ -58,8 +58,9 @@ class Recorder(dict):
 def test_oracle(rule: spec.Rule) -> None:
     """The oracle reads every hyperparameter of the rule and keeps exactly its slots."""
     read: set[str] = set()
-    for flag in (0.0, 1.0):
-        hyper = Recorder({h.name: flag if h.flag else 0.5 for h in rule.record})
+    for flag, delta in ((0.0, 0.5), (1.0, 0.5), (0.0, 9.0)):  # such a gate is open
+        numbers = {h.name: flag if h.flag else 0.5 for h in rule.record}
+        hyper = Recorder(numbers | ({"delta": delta} if rule.gated else {}))
         states = {slot.name: torch.ones(2, 3) for slot in rule.slots}
         result = reference.step(
             rule.name, torch.ones(2, 3), torch.ones(2, 3), states, t=2, hyper=hyper, dims=None, first=False

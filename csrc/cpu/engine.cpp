@@ -245,7 +245,7 @@ void fill_gate(int rule, const double* h, Work<C>& w) {
 // The tensor as its gate sees it: a row for each index of dimension 0. One of less than two dimensions has no gate.
 TensorView view_of_gate(const TensorView& view) {
   TensorView rows = view;
-  rows.reduced = view.dims < 2 ? 0 : ((int64_t(1) << view.dims) - 1) & ~int64_t(1);
+  rows.reduced = ((int64_t(1) << view.dims) - 1) & ~int64_t(1);  // nothing of less than two dimensions
   rows.norm_row = -1;
   return rows;
 }

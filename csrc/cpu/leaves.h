@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../core/table.h"
+#include "../norms/gate.h"
 
 namespace fastwrs::cpu {
 
@@ -37,8 +38,10 @@ struct AdvanceArgs {
   const void* param;
   void* grad;  // written only when grad_scale is not 0 and `unscales`
   void* state[kMaxSlots];
-  void *weights, *slope,
-      *step;  // compute type: widened weights, the gradient that the rule sees, the step to be judged
+  // Of the compute type: widened weights, the gradient that the rule sees, the step to be judged.
+  void *weights, *slope, *step;
+  // Accumulators of the compute type that the products are added to, or all null: they are left in scratch.
+  void* sums[kGateSums];
   const void* scalars;
   double grad_scale;
   bool maximize, unscales;

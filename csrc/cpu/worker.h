@@ -182,8 +182,7 @@ class Worker {
     const TensorPlan& p = w.plan;
     if (p.path == TensorPlan::kOnePass) {
       const int64_t begin = item * p.units_per_item, end = std::min(p.geometry.units, begin + p.units_per_item);
-      if (kInPlace && call.update && !call.advance && p.takes_rows(call.grad_scale != 0))
-        return take_rows(call, w, begin, end);
+      if (kInPlace && call.update && takes_rows(call, w)) return take_rows(call, w, begin, end);
       for (int64_t unit = begin; unit < end; unit += p.units_per_tile) {
         const int64_t units = std::min(p.units_per_tile, end - unit);
         with_run(call, w, unit * p.geometry.unit_size(), units * p.geometry.unit_size(), call.writes,
@@ -345,10 +344,13 @@ class Worker {
       n -= m;
       group_left_[k] -= m;
       if (group_left_[k] > 0) return;
-      call.sum.finish(accumulators_[k], next_sum_[k]);
-      next_sum_[k] += accumulators_[k].cols;
-      group_left_[k] = group_size_[k];
+      finish_group(call, k);
     }
+  }
+  void finish_group(const Call<P>& call, int k) {
+    call.sum.finish(accumulators_[k], next_sum_[k]);
+    next_sum_[k] += accumulators_[k].cols;
+    group_left_[k] = group_size_[k];
   }
 
   void feed(const Call<P>& call, int k, const C* x, int64_t n) { feed(call, k, x, x, n); }
@@ -366,8 +368,15 @@ class Worker {
     args.maximize = w.maximize;
     args.unscales = !w.nesterov;
     args.n = n;
+    // The part of a row is summed where it is made.
+    const bool one_row = w.gate >= 0 && w.plan.geometry.cols == 1 && n <= group_left_[0];
+    for (int k = 0; one_row && k < kGateSums; ++k) args.sums[k] = &accumulators_[k];
     call.advance(args);
     if (w.gate < 0) return;
+    for (int k = 0; one_row && k < kGateSums; ++k) {
+      if ((group_left_[k] -= n) == 0) finish_group(call, k);
+    }
+    if (one_row) return;
     feed(call, kStepWeight, step_.data(), updated_.data(), n);
     feed(call, kGradWeight, grad_.data(), updated_.data(), n);
     feed(call, kGradGrad, grad_.data(), n);
@@ -450,6 +459,13 @@ class Worker {
     return args;
   }
 
+  // A gate takes the same out of a whole row where the row lies within a channel.
+  static bool takes_rows(const Call<P>& call, const Work<C>& w) {
+    const Geometry& g = w.plan.geometry;
+    const bool ready = w.plan.takes_rows(call.grad_scale != 0);
+    return ready && (!call.advance || (!w.plan.wants[kUpdate] && g.channel_inner % g.unit_size() == 0));
+  }
+
   // The usual work by itself: rows are updated and summed in one loop, in which the row before is scaled. The same bits
   // as by `tile`.
   void take_rows(const Call<P>& call, const Work<C>& w, int64_t begin, int64_t end) {
@@ -463,6 +479,7 @@ class Worker {
       C* updated = reinterpret_cast<C*>(at.array[0]);
       UpdateArgs args = arguments(call, w, at, size, updated);
       args.squares = &accumulators_[kUpdated];
+      if (call.advance) ask_gate(call, w, at.element, args);
       for (int k = 0; k < 3 && p.wants[kGrad]; ++k) args.measured[k] = &accumulators_[kMeasuredToo[k]];
       args.behind = behind;
       args.behind_factor = factor;
