@@ -322,8 +322,9 @@ def test_the_authors_state_dict_loads(name: str, way: str) -> None:
 def test_our_state_dict_loads_into_the_authors_adamp(way: str, counts: type) -> None:
     """As it is; their step size is then as exact as our count, a tensor in fp32. As numbers, counts are as theirs."""
     ours = [nn.Parameter(w) for w in start()]
-    exact = {"lr": 2.0**-7, "betas": (0.0, 0.75)}  # fp32 holds these powers and what becomes of them
-    optimizer = fastwrs.AdamP(ours, weight_decay=0.1, **(exact if counts is float else {"lr": 0.01}))
+    exact: dict[str, Any] = {"lr": 2.0**-7, "betas": (0.0, 0.75)}  # fp32 holds these powers and what becomes of them
+    usual: dict[str, Any] = exact if counts is float else {"lr": 0.01}
+    optimizer = fastwrs.AdamP(ours, weight_decay=0.1, **usual)
     step_all([optimizer], way, range(4))
     theirs = copies(ours)
     other = authors("AdamP")(theirs)

@@ -165,6 +165,7 @@ def test_sees_a_wrong_projection(option: str, dtypes: tuple[str, str, str]) -> N
     """What belongs to the row before, what one row for all would give, and a projection along half of the weights."""
     inputs = one(option, dtypes)
     right, got = inputs.run(torch.float64), formula(inputs)
+    assert right.removed is not None
     step, w = right.update + right.removed, inputs.param.double()
     whole = w * (w * step).sum() / w.square().sum()
     for wrong in (right.removed.roll(1, dims=0), whole, 0.5 * right.removed):
