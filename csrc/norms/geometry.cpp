@@ -130,4 +130,11 @@ Geometry geometry_of(const TensorView& t, bool with_norms) {
   return g;
 }
 
+TensorView view_of_gate(const TensorView& tensor) {
+  TensorView rows = tensor;
+  rows.reduced = tensor.dims < 2 ? 0 : ((int64_t(1) << tensor.dims) - 1) & ~int64_t(1);
+  rows.norm_row = -1;
+  return rows;
+}
+
 }  // namespace fastwrs
