@@ -59,7 +59,7 @@ def test_oracle(rule: spec.Rule) -> None:
     """The oracle reads every hyperparameter of the rule and keeps exactly its slots."""
     read: set[str] = set()
     for flag in (0.0, 1.0):
-        hyper = Recorder({h.name: flag if h.flag else 0.5 for h in rule.record})
+        hyper = Recorder({h.name: flag if h.flag else 0.5 for h in rule.record} | {"delta": 9.0})  # a gate opens
         states = {slot.name: torch.ones(2, 3) for slot in rule.slots}
         result = reference.step(
             rule.name, torch.ones(2, 3), torch.ones(2, 3), states, t=2, hyper=hyper, dims=None, first=False

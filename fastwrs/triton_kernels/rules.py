@@ -10,6 +10,9 @@ that the gate looks at; ``update`` takes weights, gradients, states, what a step
 whether the gate is open, and returns new weights, ``u``, and the first state as it is where the gate has changed it.
 """
 
+# Triton reads these functions as a language of its own, with other types than Python's.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import math
