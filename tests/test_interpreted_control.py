@@ -15,8 +15,8 @@ from interpreted import PASSED
 pytestmark = pytest.mark.interpreted
 # ruff: noqa: E501
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS, NORMS, RULES, NUMERIC = (
-    f"fastwrs/triton_kernels/{name}.py" for name in ("kernels", "norms", "rules", "numeric")
+KERNELS, NORMS, RULES, NUMERIC, ACCESS, GATE = (
+    f"fastwrs/triton_kernels/{name}.py" for name in ("kernels", "norms", "rules", "numeric", "access", "gate")
 )
 NOT_AN_OPERAND = "belong to no operand"
 
@@ -37,12 +37,12 @@ MUTANTS = (
     Mutant("no mask on a load", KERNELS, "grad = tl.load(g, mask, other=0)", "grad = tl.load(g)", NOT_AN_OPERAND),
     Mutant("no mask on a store", KERNELS, "tl.store(a0, s0.to(TYPES[2]), mask)", "tl.store(a0, s0.to(TYPES[2]))"),
     Mutant("a mask off by one", KERNELS, "    mask = within < count\n    p, before", "    mask = within <= count\n    p, before"),
-    Mutant("an offset off by one", KERNELS, "start = tile * size\n", "start = tile * size + 1\n"),
-    Mutant("a wrong tile of a unit", KERNELS, "start = end - unit + tile % row_tiles * TILE", "start = end - unit + tile * TILE"),
+    Mutant("an offset off by one", ACCESS, "start = tile * size\n", "start = tile * size + 1\n"),
+    Mutant("a wrong tile of a unit", ACCESS, "start = end - unit + tile % row_tiles * TILE", "start = end - unit + tile * TILE"),
     Mutant("a claim of alignment that is not true", KERNELS, "if ((flags & words.ALIGNED) != 0) & whole:", "if whole:", "no multiple"),
     Mutant("a step advanced twice", KERNELS, "tl.load(step, mask, other=0) + 1", "tl.load(step, mask, other=0) + 2", "step counts"),
     Mutant("a ticket that stays", KERNELS, "        tl.store(ticket, 0)\n", "", "ticket"),
-    Mutant("found_inf ignored", KERNELS, "    return found != 0", "    return found > 1e30"),
+    Mutant("found_inf ignored", ACCESS, "    return found != 0", "    return found > 1e30"),
     Mutant("the momentum is not started", KERNELS, "(t == 1) | ((flags & words.FRESH) != 0)", "t < 0"),
     Mutant("the norm of the neighbour", NORMS, "tl.gather(sums, at - row, 0)", "tl.gather(sums, tl.maximum(at - row - rows // 8, 0), 0)"),
     Mutant("a group that loses rows", NORMS, "while step < rows:", "while 2 * step < rows:"),
@@ -54,16 +54,32 @@ MUTANTS = (
     Mutant("too few terms of a series", NUMERIC, "18 if log_base.dtype == tl.float64 else 10", "18 if log_base.dtype == tl.float64 else 2"),
     Mutant("Nesterov without the gradient", RULES, "g + momentum * s0, s0)\n    return w - lr", "momentum * s0, s0)\n    return w - lr"),
     Mutant("only the first partial sums", KERNELS, "first += HEIGHT * lanes", "first += row_tiles", "sums are off", "functions"),
-    Mutant("rounding of partial sums lost", KERNELS, "other=0) - lost", "other=0)", "equal parts", "functions"),
-    Mutant("an infinite part spoils the rest", KERNELS, "lost = tl.where(is_finite(new), (new - total) - x, 0)", "lost = (new - total) - x", "infinite part", "functions"),
-    Mutant("sums of all tensors in one place", KERNELS, "workspace = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(entry + words.PARTIAL_AT)", "workspace = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE))"),
+    Mutant("rounding of partial sums lost", NUMERIC, "    x = x - lost\n", "", "equal parts", "functions"),
+    Mutant("an infinite part spoils the rest", NUMERIC, "tl.where(is_finite(new), (new - total) - x, 0)", "(new - total) - x", "infinite part", "functions"),
+    Mutant("sums of all tensors in one place", ACCESS, "workspace = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(entry + words.PARTIAL_AT)", "workspace = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE))"),
     Mutant("a held tile written over", KERNELS, "new = new + (tl.where(k == j, x, held[j]),)", "new = new + (tl.where(k >= j, x, held[j]),)"),
-    Mutant("the gradient stays scaled", KERNELS, "        tl.store(g, grad.to(TYPES[1]), mask)\n", ""),
+    Mutant("the gradient stays scaled", ACCESS, "        if writes:\n            tl.store(g, grad.to(GRAD), mask)\n", ""),
     Mutant("rescaled with a learning rate of 0", NORMS, "grouped & (lr != 0) & (every > 0)", "grouped & (every > 0)"),
     Mutant("rescaled after the window", NORMS, " & (t < tl.load(control + words.STOP))", ""),
     Mutant("ties of a learning rate not to even", NUMERIC, " + ((magnitude >> 29) & 1)", "", "what is right", "functions"),
     Mutant("a power that leaves the range", NUMERIC, "steps = tl.floor(whole + rest)", "steps = tl.floor(whole)", "are allowed", "functions"),
     Mutant("columns mixed up", KERNELS, "return mine == col", "return mine >= col"),
+    Mutant("a gate decides too early", GATE, "tl.load(gate + words.PROGRAMS) - 1:", "tl.load(gate + words.PROGRAMS) - 2:", what="gates"),
+    Mutant("a gate forgets a row", GATE, "there = row < channels\n", "there = row < channels - 1\n", what="gates"),
+    Mutant("a gate forgets parts of rows", GATE, "        first += lanes\n", "        first += parts\n", what="gates"),
+    Mutant("the ticket of a gate stays", GATE, "        tl.store(ticket, 0)\n", "", "the ticket of a gate", "gates"),
+    Mutant("NaN opens a gate", GATE, "((_cosine(totals, eps) < limit) == 0)", "(_cosine(totals, eps) >= limit)", what="gates"),
+    Mutant("a gate that never opens as a whole", GATE, "tl.where(opens, WHOLE, CLOSED)", "CLOSED", what="gates"),
+    Mutant("the bound of another length", GATE, "square_root(tl.load(gate + words.ROWS)", "square_root(tl.load(gate + words.NUMEL)", what="gates"),
+    Mutant("what the neighbouring channel loses", GATE, "_advance_by(start // inner % channels, more", "_advance_by((start // inner + 1) % channels, more", what="gates"),
+    Mutant("what the neighbouring column loses", GATE, "return (start + within) // inner % channels", "return (start + within + 1) // inner % channels", what="gates"),
+    Mutant("channels do not begin again", GATE, "_, channel = _advance_by", "channel, _ = _advance_by", what="gates"),
+    Mutant("nothing is taken out", RULES, "step - along * w, step)", "step, step)", what="gates"),
+    Mutant("weight decay of a closed gate", RULES, "tl.where(is_open, open_keep, keep)", "keep", what="gates"),
+    Mutant("states are not stored", GATE, "        tl.store(addresses[k], narrow, mask)\n", "", what="gates"),
+    Mutant("the momentum is not projected", GATE, "if is_open & (tl.load(control + words.PROJECT_MOMENTUM) != 0):", "if tl.load(control + words.PROJECT_MOMENTUM) < 0:", what="gates"),
+    Mutant("the gradient unscaled twice", GATE, "tl.load(control + words.NESTEROV) == 0, TYPES[1])", "True, TYPES[1])", what="gates"),
+    Mutant("a gate of the gradient that goes down", GATE, "    return tl.abs(quotient(quotient(totals[1], weight), grad))", "    return quotient(quotient(totals[1], weight), grad)", what="gates"),
 )  # fmt: skip
 UNBROKEN = Mutant("nothing", KERNELS, "", "", what="")
 

@@ -92,6 +92,12 @@ def test_triton(rule: spec.Rule) -> None:
     record = Recorder({hyper.name: 0.5 for hyper in rule.record})
     ours.constants(record)
     assert record.read == set(ours.hypers)
+    assert ours.gated == rule.gated == (ours.direction is not None)
+    if rule.gated:  # what the gate itself reads comes first
+        for number, name in enumerate(table.GATE_CONTROL):
+            values = {hyper.name: 0.0 if hyper.flag else 0.5 for hyper in rule.record}
+            expected = 0.0 if name not in values else 1.0 if name in ("nesterov", "project_momentum") else 0.75
+            assert ours.constants(values | {name: expected})[number] == expected
 
 
 def test_the_words_of_tritons_table() -> None:
@@ -101,6 +107,7 @@ def test_the_words_of_tritons_table() -> None:
     assert {name: words.split() for name, words in named.items()} == {
         "header": list(table.HEADER),
         "entry": list(table.ENTRY),
+        "gate": list(table.GATE),
         "kinds": list(table.KINDS),
         "flags": list(table.FLAGS),
     }

@@ -42,10 +42,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[list[st
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from triton.runtime import driver
 
-    from fastwrs.triton_kernels import kernels, launch
+    from fastwrs.triton_kernels import gate, kernels, launch
 
     seen: list[str] = []
-    all_kernels: Any = (kernels.step_kernel, kernels.finish_kernel, kernels.project_kernel)
+    all_kernels: Any = (gate.gate_kernel, kernels.step_kernel, kernels.finish_kernel, kernels.project_kernel)
     for kernel in all_kernels:
         kernel.device_caches.clear()
 
@@ -86,9 +86,10 @@ def numel(param: lists.Param) -> int:
 
 
 @pytest.mark.parametrize("name", ["resnet50", "llama_1b"])
-def test_one_compilation_for_a_list(compiled: list[str], name: str) -> None:
+@pytest.mark.parametrize(("rule", "kernels"), [("AdamW", ["step_kernel"]), ("AdamP", ["gate_kernel", "step_kernel"])])
+def test_one_compilation_for_a_list(compiled: list[str], name: str, rule: str, kernels: list[str]) -> None:
     """Whatever changes from step to step: learning rate, step, decay, where gradients lie, GradScaler's tensors."""
-    optimizer: Any = fastwrs.AdamW(groups_of(name), lr=1e-3, weight_decay=0.0, backend="triton")
+    optimizer: Any = getattr(fastwrs, rule)(groups_of(name), lr=1e-3, weight_decay=0.0, backend="triton")
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for step in range(6):
         optimizer.step()
@@ -98,7 +99,7 @@ def test_one_compilation_for_a_list(compiled: list[str], name: str) -> None:
         for param in params:
             param.grad = shared[step % 2 : param.numel() + step % 2].view(param.shape)  # every other time unaligned
         optimizer.found_inf = torch.tensor(0.0) if step > 2 else None
-    assert compiled == ["step_kernel"]
+    assert compiled == kernels
 
 
 def test_one_compilation_for_each_variant(compiled: list[str]) -> None:

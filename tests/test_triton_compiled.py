@@ -17,7 +17,7 @@ from triton_code import Compiler, Kernel, Row
 
 pytestmark = pytest.mark.triton_compiled
 TARGETS = ("sm_90", "gfx942")
-EVERY_KERNEL = triton_code.every_kernel()
+EVERY_KERNEL = triton_code.usual_kernels()
 ON_THE_PAGE = ROOT / "docs/triton.md"
 
 ADDRESS = """        at = tl.multiple_of(at, 16)
@@ -28,21 +28,36 @@ COUNT_WITHOUT = "    mask = within < count\n    p, before"
 COUNT = f"    if ALIGNED:\n        count = count // VECTOR * VECTOR\n{COUNT_WITHOUT}"
 
 
-def _kernels(name: str, old: str, new: str) -> Mutant:
-    return Mutant(name, "fastwrs/triton_kernels/kernels.py", old, new)
+def _mutant(name: str, old: str, new: str, file: str = "kernels") -> Mutant:
+    return Mutant(name, f"fastwrs/triton_kernels/{file}.py", old, new)
 
 
 # Faults, the kernel that each is compiled in, and a pattern of what has to be said of it.
 FLOATS = ("float32", "float32", "float32")
 PLAIN = Kernel("step", "sgd", 0, FLOATS, False, False)
 HELD = Kernel("step", "adam", 2, FLOATS, False, False)
+BEFORE_GATE = Kernel("gate", "sgdp", 1, FLOATS, False, False)
 BROKEN = (
-    (_kernels("no hint at addresses", ADDRESS, ADDRESS_WITHOUT), PLAIN, r": 0\+0 .*vectors"),
-    (_kernels("no hint at offsets", "start // VECTOR * VECTOR + within", "start + within"), PLAIN, r": 0\+0 .*vectors"),
-    (_kernels("no hint at counts", COUNT, COUNT_WITHOUT), PLAIN, r": (4\+4|2\+2) .*vectors"),
-    (_kernels("no hint at units", "unit = unit // VECTOR * VECTOR", "pass"), PLAIN, r": (4\+4|2\+2) .*vectors"),
+    (_mutant("no hint at addresses", ADDRESS, ADDRESS_WITHOUT, "access"), PLAIN, r": 0\+0 .*vectors"),
     (
-        _kernels("no such name", "new = after.to(TYPES[0])\n    stored", "new = afterwards\n    stored"),
+        _mutant("no hint at offsets", "start // VECTOR * VECTOR + within", "start + within", "access"),
+        PLAIN,
+        r": 0\+0 .*vectors",
+    ),
+    (
+        _mutant(
+            "no hint at counts before a gate",
+            "    if ALIGNED:\n        count =",
+            "    if WALK:\n        count =",
+            "gate",
+        ),
+        BEFORE_GATE,
+        r": 0\+0 .*vectors",
+    ),
+    (_mutant("no hint at counts", COUNT, COUNT_WITHOUT), PLAIN, r": (4\+4|2\+2) .*vectors"),
+    (_mutant("no hint at units", "unit = unit // VECTOR * VECTOR", "pass"), PLAIN, r": (4\+4|2\+2) .*vectors"),
+    (
+        _mutant("no such name", "new = after.to(TYPES[0])\n    stored", "new = afterwards\n    stored"),
         PLAIN,
         "does not compile: .*afterwards",
     ),
@@ -76,6 +91,9 @@ PLANTED = [
     for target in TARGETS
     if mutant.name != "too large tiles" or target == "sm_90"
 ]
+
+
+GATED = {("adamp", 2): 8, ("sgdp", 1): 8}
 
 
 class Builds:
@@ -121,9 +139,11 @@ def test_every_kernel_is_there(builds: Builds, target: str) -> None:
     assert all(row.registers for row in rows)
     # of each rule with each number of states: six triples of dtypes, norms measured or not, strided or not
     steps = [(kernel.rule, kernel.slots) for kernel in EVERY_KERNEL if kernel.kind == "step"]
-    assert {step: steps.count(step) for step in steps} == dict.fromkeys(
-        [("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3)], 24
-    )
+    counts = {step: steps.count(step) for step in steps}
+    # of those with a gate two triples, each with a kernel before the gate, strided or not
+    assert counts == dict.fromkeys([("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3)], 24) | GATED
+    gates = [(kernel.rule, kernel.slots) for kernel in EVERY_KERNEL if kernel.kind == "gate"]
+    assert {gate: gates.count(gate) for gate in gates} == dict.fromkeys(GATED, 4)
 
 
 @everywhere
@@ -153,7 +173,7 @@ def test_memory_is_moved_in_16_bytes(builds: Builds, target: str) -> None:
     assert [fault for row in rows for fault in triton_code.narrow_accesses(row)] == []
     # Plain fp32 has 16 bytes for every thread: what is asked for is not nothing.
     arrays = [row for row in rows if row.kernel.kind == "step" and row.kernel.dtypes == FLOATS and row.needed.loads]
-    assert len(arrays) == 8
+    assert len(arrays) == 8 + 2 * len(GATED)
 
 
 @everywhere
@@ -194,12 +214,13 @@ def test_the_table_in_the_docs_is_up_to_date(builds: Builds) -> None:
     text = ON_THE_PAGE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.*) \|$", text, re.MULTILINE)
     written = _columns([tuple(row.split(" | ")) for row in rows if not row.startswith("---")])
-    assert list(written) == list(dict.fromkeys(kernel.line for kernel in EVERY_KERNEL))
+    assert list(written) == list(dict.fromkeys(kernel.line for kernel in triton_code.every_kernel()))
     assert all(set(triton_code.TARGETS) < set(cells) for cells in written.values())
     if f"Triton {triton_code.version()} " in text:
         found = _columns(triton_code.table([row for target in TARGETS for row in builds.rows(target)]))
         names = ("kernel", *TARGETS)
-        assert [[cells[name] for name in names] for cells in written.values()] == [
+        compared = [written[line] for line in found]
+        assert [[cells[name] for name in names] for cells in compared] == [
             [cells[name] for name in names] for cells in found.values()
         ]
 

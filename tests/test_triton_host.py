@@ -52,12 +52,12 @@ class Device:
         self._hosts[id(table.device)] = table.host, table.device
         return table
 
-    def launch(self, _variant: Any, table: Tensor, _tiles: Any) -> None:
+    def launch(self, variant: Any, table: Tensor, _tiles: Any) -> None:
         from fastwrs.triton_kernels.table import HEADER
 
         host = self._hosts[id(table)][0]
-        last_map, programs = (int(host[HEADER.index(word)]) for word in ("project_map", "project_tiles"))
-        used = last_map + (programs + 1) // 2
+        last, tensors = (int(host[HEADER.index(word)]) for word in ("gate_tickets", "tensors"))
+        used = last + (tensors + 1) // 2 * variant.gated
         stale = (table[:used] != host[:used]).nonzero().flatten().tolist()
         assert not stale, f"launch {len(self.launched)}: the device's table is stale at words {stale[:8]} of {used}"
         self.launched.append(table)
@@ -105,6 +105,10 @@ def strided() -> nn.Parameter:
 
 def sgd(params: Any, **more: Any) -> Any:
     return fastwrs.SGD(params, **({"lr": 0.1, "momentum": 0.9, "backend": "triton"} | more))
+
+
+def adamp(params: Any, **more: Any) -> Any:
+    return fastwrs.AdamP(params, **({"lr": 0.1, "backend": "triton"} | more))
 
 
 def memory_of(optimizer: Any) -> Any:
@@ -171,7 +175,10 @@ def change(optimizer: Any, dice: random.Random) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_device_has_what_the_host_has(device: Device, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [sgd, adamp])
+def test_the_device_has_what_the_host_has(
+    device: Device, kind: Callable[..., Any], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At each launch, whatever has changed; of optimizers with several bundles, some steps measured."""
     dice, measuring = random.Random(seed), False
     measure(monkeypatch, lambda: measuring)
@@ -180,7 +187,7 @@ def test_the_device_has_what_the_host_has(device: Device, seed: int, monkeypatch
     for _ in range(2):
         made = [params_of(dice.choice(SHAPES), dtype=dice.choice(dtypes))[0] for _ in range(dice.randint(1, 4))]
         groups.append({"params": [*made, strided()] if dice.random() < 0.5 else made})
-    optimizer = sgd(groups)
+    optimizer = kind(groups)
     for _ in range(25):
         measuring = dice.random() < 0.2
         optimizer.step()
@@ -374,9 +381,9 @@ def test_what_was_compiled_before_is_what_is_launched(monkeypatch: pytest.Monkey
     library.load()
     from triton.runtime import driver
 
-    from fastwrs.triton_kernels import kernels, launch
+    from fastwrs.triton_kernels import gate, kernels, launch
 
-    every_kernel: Any = (kernels.step_kernel, kernels.finish_kernel, kernels.project_kernel)
+    every_kernel: Any = (gate.gate_kernel, kernels.step_kernel, kernels.finish_kernel, kernels.project_kernel)
 
     def compiled() -> int:
         return sum(len(caches[0]) for kernel in every_kernel for caches in kernel.device_caches.values())
@@ -388,9 +395,9 @@ def test_what_was_compiled_before_is_what_is_launched(monkeypatch: pytest.Monkey
     monkeypatch.setattr(launch, "_compiled", set())
     for kernel in every_kernel:
         kernel.device_caches.clear()
-    variant = launch.Variant("sgd", 0, ("float32", "float32", "float32"), False, False)
+    variant = launch.Variant("sgdp", 1, ("float32", "float32", "float32"), False, False)
     tables = [torch.zeros(words, dtype=torch.int64) for words in (64, 1000)]
-    launch.compile_once(variant, tables[0], (5, 1, 3))
+    launch.compile_once(variant, tables[0], launch.Programs(5, 1, 3, 2))
     assert compiled() == len(every_kernel)
     keys: list[Any] = []
     for kernel in every_kernel:  # what the launch finds is not run, for there is no GPU
@@ -403,7 +410,7 @@ def test_what_was_compiled_before_is_what_is_launched(monkeypatch: pytest.Monkey
                     packed_metadata=None,
                 )
     for table in tables:
-        launch.launch(variant, table, (7, 2, 4))
+        launch.launch(variant, table, launch.Programs(7, 2, 4, 3))
     assert compiled() == len(every_kernel), "the launch has compiled something"
     assert len(keys) == 2 * len(every_kernel)
     for kernel in every_kernel:
@@ -427,7 +434,7 @@ def test_kernels_are_loaded_when_they_are_compiled(monkeypatch: pytest.MonkeyPat
     variant = launch.Variant("sgd", 0, ("float32", "float32", "float32"), False, False)
     for place, expected in (("cpu", []), ("cuda:0", names), ("cuda:0", names), ("cuda:1", names * 2)):
         table: Any = SimpleNamespace(device=torch.device(place))
-        launch.compile_once(variant, table, (1, 1, 1))
+        launch.compile_once(variant, table, launch.Programs(1, 1, 1))
         assert loaded == expected
 
 

@@ -51,17 +51,29 @@ class Kernel(NamedTuple):
     @property
     def line(self) -> str:
         """The line of the table that it is in: all that share it differ in `measure` and `walk`, or in their rule."""
-        if self.kind == "step":
-            return f"step {self.rule} {self.slots} {'/'.join(SHORT[name] for name in self.dtypes)}"
+        if self.kind in ("gate", "step"):
+            return f"{self.kind} {self.rule} {self.slots} {'/'.join(SHORT[name] for name in self.dtypes)}"
         return f"{self.kind} {SHORT[self.dtypes[0]]}"
 
     @property
-    def arrays(self) -> list[str]:
-        """The types of the arrays that it reads and writes in contiguous memory, if it does."""
-        if self.walk or self.kind == "finish":
-            return []
+    def gated(self) -> bool:
+        """Whether its rule has a gate."""
+        return RULES[self.rule].gated
+
+    @property
+    def arrays(self) -> tuple[list[str], list[str]]:
+        """The types of the arrays that it reads in contiguous memory, if it does, and of those that it writes.
+
+        A gradient may have to be unscaled. Behind a gate a step writes one state again.
+        """
         param, grad, state = self.dtypes
-        return [param, grad, *[state] * self.slots] if self.kind == "step" else [param]
+        states = [state] * self.slots
+        if self.kind == "finish" or (self.walk and self.kind != "gate"):
+            return [], []
+        if self.kind == "project":
+            return [param], [param]
+        written = [grad, *states] if self.kind == "gate" else [param, grad, *states[: 1 if self.gated else None]]
+        return [param, grad, *states], written
 
     @property
     def aligned_branches(self) -> int:
@@ -79,10 +91,18 @@ def every_kernel() -> list[Kernel]:
     for rule, dtypes, (measure, walk) in product(RULES.values(), DTYPE_TRIPLES, FLAGS):
         for slots in range(sum(slot.when is None for slot in rule.slots), len(rule.slots) + 1):
             variant = (rule.name, slots, dtypes, measure, walk)
+            if rule.gated and not measure:
+                kernels[("gate", *variant)] = Kernel("gate", *variant)
             kernels[("step", *variant)] = Kernel("step", *variant)
             kernels.setdefault(("finish", dtypes[0] == "float64", measure), Kernel("finish", *variant))
             kernels.setdefault(("project", dtypes[0], slots, measure, walk), Kernel("project", *variant))
     return list(kernels.values())
+
+
+def usual_kernels() -> list[Kernel]:
+    """Of the rules with a gate those of two dtypes, for there are many: for CI."""
+    usual = ("float32", "float32", "float32"), ("bfloat16", "bfloat16", "float32")
+    return [kernel for kernel in every_kernel() if not kernel.gated or kernel.dtypes in usual]
 
 
 class Accesses(NamedTuple):
@@ -131,13 +151,13 @@ class Row:
 def needed(kernel: Kernel, tile: int, threads: int) -> Accesses:
     """The vector accesses that the aligned branches cannot do without, if a thread takes its elements side by side.
 
-    Each array is loaded once and stored once: a gradient may have to be unscaled. What is less than 8 bytes for each
-    thread has no vectors, and cannot be told from other accesses.
+    Each array is loaded once and stored once at most. What is less than 8 bytes for each thread has no vectors, and
+    cannot be told from other accesses.
     """
-    sizes = [SIZES[name] * tile // threads for name in kernel.arrays]
-    words = kernel.aligned_branches * sum(size // 16 for size in sizes)
-    of_8 = kernel.aligned_branches * sizes.count(8)
-    return Accesses(words, words, of_8, of_8)
+    loads, stores = ([SIZES[name] * tile // threads for name in arrays] for arrays in kernel.arrays)
+    words = (kernel.aligned_branches * sum(size // 16 for size in sizes) for sizes in (loads, stores))
+    of_8 = (kernel.aligned_branches * sizes.count(8) for sizes in (loads, stores))
+    return Accesses(*words, *of_8)
 
 
 def _use_sources(folder: str) -> Any:
@@ -169,6 +189,8 @@ def _compile(folder: str, kernel: Kernel, target: str) -> Row:
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     variant = launch.Variant(*kernel[1:])
+    if kernel.kind == "gate":
+        variant = variant._replace(gate_walk=kernel.walk)
     function, constants = getattr(variant, kernel.kind)()
     options = launch.options_for(gpu.backend)
     threads = options["num_warps"] * gpu.warp_size
@@ -331,7 +353,7 @@ def accesses_of(rows: Sequence[Row], targets: Sequence[str]) -> str:
     """Loads and stores of 16 bytes, on each kind of GPU that differs: plain, then measured."""
     texts = []
     for target in targets:
-        plain = [row for row in rows if row.target == target and not row.kernel.walk and row.kernel.arrays]
+        plain = [row for row in rows if row.target == target and not row.kernel.walk and any(row.kernel.arrays)]
         texts.append(" ".join(dict.fromkeys(f"{row.accesses.loads}+{row.accesses.stores}" for row in plain)))
     return " or ".join(dict.fromkeys(text or "-" for text in texts))
 
@@ -362,7 +384,8 @@ that do not move 16 bytes at a time where memory is contiguous and aligned. `doc
 kernels; `docs/triton-full.log` is what `make triton-full` found with the oldest and the newest Triton.
 
 A kernel is named by its phase, its rule with the number of states, and the dtypes of parameter, gradient and states;
-`finish` and `project` by the dtype of the parameter. Under each target: registers of a thread, of the kernel that is
+`finish` and `project` by the dtype of the parameter. `gate` comes before the step of a rule with a gate, and has no
+variant of its own where norms are measured. Under each target: registers of a thread, of the kernel that is
 launched plainly, for strided tensors, where norms are measured, and for both; what is spilled would follow in brackets.
 On AMD's GPUs the registers are vector registers; scalar registers that do not suffice are kept in some of them, which
 uses no memory and is no spill. Blocks have 256 threads on NVIDIA's GPUs and 512 on AMD's.

@@ -242,14 +242,6 @@ void fill_gate(int rule, const double* h, Work<C>& w) {
 #undef FASTWRS_RULE
 }
 
-// The tensor as its gate sees it: a row for each index of dimension 0. One of less than two dimensions has no gate.
-TensorView view_of_gate(const TensorView& view) {
-  TensorView rows = view;
-  rows.reduced = ((int64_t(1) << view.dims) - 1) & ~int64_t(1);  // nothing of less than two dimensions
-  rows.norm_row = -1;
-  return rows;
-}
-
 template <class P>
 void step_typed(const StepJob& job, const Threads& threads) {
   using C = compute_t<P>;
@@ -330,9 +322,10 @@ void with_type(Dtype dtype, const Body& body) {
 struct RuleFacts {
   const char* name;
   int min_slots, max_slots, hypers;
+  bool gated;
 };
 #define FASTWRS_RULE(Rule) \
-  {Rule::kName, Rule::kMinSlots, Rule::kMaxSlots, int(sizeof(Rule::kHypers) / sizeof(Rule::kHypers[0]))},
+  {Rule::kName, Rule::kMinSlots, Rule::kMaxSlots, int(sizeof(Rule::kHypers) / sizeof(Rule::kHypers[0])), Rule::kGated},
 constexpr RuleFacts kRules[] = {FASTWRS_RULES(FASTWRS_RULE)};
 #undef FASTWRS_RULE
 
@@ -352,6 +345,8 @@ bool rule_takes_slots(int rule, int64_t slots) {
 }
 
 int64_t rule_hypers(int rule) { return kRules[rule].hypers; }
+
+bool rule_is_gated(int rule) { return kRules[rule].gated; }
 
 void step(const StepJob& job, const Threads& threads) {
   with_type(job.dtypes.param, [&](auto type) { step_typed<decltype(type)>(job, threads); });

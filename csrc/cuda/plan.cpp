@@ -131,9 +131,8 @@ class Cutter {
 
   // How the first pass of a rule with a gate is cut: by the rows of dimension 0.
   TensorCut cut_gate(int64_t i) const {
-    TensorView view = job_.tensors[i];
-    const bool gated = view.dims >= 2;
-    if (gated) view.reduced = ((int64_t(1) << view.dims) - 1) & ~int64_t(1);
+    const TensorView view = view_of_gate(job_.tensors[i]);
+    const bool gated = view.reduced != 0;
     TensorCut cut;
     cut.geometry = geometry_of(view, gated);
     Geometry& g = cut.geometry;

@@ -130,4 +130,11 @@ Geometry geometry_of(const TensorView& t, bool with_norms) {
   return g;
 }
 
+TensorView view_of_gate(const TensorView& tensor) {
+  TensorView rows = tensor;
+  rows.reduced = int64_t((uint64_t(1) << tensor.dims) - 1) & ~int64_t(1);  // nothing of less than two dimensions
+  rows.norm_row = -1;
+  return rows;
+}
+
 }  // namespace fastwrs

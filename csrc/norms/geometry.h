@@ -49,4 +49,7 @@ int64_t append_measure(const Geometry& geometry, const TensorView& tensor, std::
 // `with_norms` false: norm groups do not matter, the tensor is one run of elements.
 Geometry geometry_of(const TensorView& tensor, bool with_norms);
 
+// The tensor as its gate sees it: a row for each index of dimension 0. One of less than two dimensions has no gate.
+TensorView view_of_gate(const TensorView& tensor);
+
 }  // namespace fastwrs

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "../norms/gate.h"
 #include "../norms/geometry.h"
 
 namespace fastwrs::triton {
@@ -13,12 +14,14 @@ namespace {
 // X(name): lists in the order of table.py.
 // clang-format off: it moves a name in these each time that it is run
 #define FASTWRS_HEADER(X) \
-  X(tensors) X(tiles) X(finish_tiles) X(project_tiles) X(records) X(record_numbers) X(pool) X(step_map) X(finish_map) \
-  X(project_map) X(grad_scale) X(found_inf) X(measured) X(ticket) X(workspace) X(spare)
+  X(tensors) X(tiles) X(finish_tiles) X(project_tiles) X(gate_tiles) X(records) X(record_numbers) X(pool) X(step_map) \
+  X(finish_map) X(project_map) X(gate_map) X(gate_tickets) X(grad_scale) X(found_inf) X(measured) X(ticket) \
+  X(workspace)
 #define FASTWRS_ENTRY(X) \
   X(param) X(grad) X(state0) X(state1) X(state2) X(step) X(lr) X(flags) X(kind) X(numel) X(unit) X(rows) X(cols) \
-  X(units_per_tile) X(first_tile) X(first_finish) X(first_project) X(record) X(partial) X(per_sum) X(row_tiles) \
-  X(measure) X(walk) X(groups)
+  X(units_per_tile) X(first_tile) X(first_finish) X(first_project) X(first_gate) X(record) X(partial) X(per_sum) \
+  X(row_tiles) X(measure) X(walk) X(groups) X(gate)
+#define FASTWRS_GATE(X) X(channels) X(channel_inner) X(programs) X(lanes)
 // clang-format on
 #define FASTWRS_KINDS(X) X(units) X(long) X(partial) X(strip) X(nothing)
 #define FASTWRS_FLAGS(X) X(fresh) X(lr_is_double) X(aligned) X(grouped)
@@ -29,6 +32,9 @@ enum { FASTWRS_HEADER(FASTWRS_NAME) kWords };
 }
 namespace entry {
 enum { FASTWRS_ENTRY(FASTWRS_NAME) kWords };
+}
+namespace gate {
+enum { FASTWRS_GATE(FASTWRS_NAME) kWords };
 }
 namespace kind {
 enum { FASTWRS_KINDS(FASTWRS_NAME) };
@@ -43,6 +49,9 @@ constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kMostTiles = 0x7fffffff;
 // Norm groups of a unit that is held in registers, each of which costs a pass over these: 9 are a kernel of 3 x 3.
 constexpr int64_t kMostColsHeld = 16;
+// What the workspace holds of each channel behind a gate's sums, and of the whole tensor: what is taken out along the
+// weights, and what the gate has decided.
+constexpr int64_t kDecisionAndAlong = 2;
 
 int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 int64_t address(const void* pointer) { return int64_t(reinterpret_cast<uintptr_t>(pointer)); }
@@ -56,7 +65,7 @@ struct Cut {
 int64_t shortest_bytes(const Dtypes& d) { return std::min({size_of(d.param), size_of(d.grad), size_of(d.state)}); }
 
 void cut_into_tiles(const StepJob& job, const TensorStep& step, const Geometry& g, const Sizes& sizes, bool grouped,
-                    bool measured, Cut& cut) {
+                    bool four_sums, Cut& cut) {
   int64_t* e = cut.entry;
   const int64_t numel = g.numel();
   e[entry::k_units_per_tile] = 1;
@@ -79,7 +88,7 @@ void cut_into_tiles(const StepJob& job, const TensorStep& step, const Geometry& 
     return;
   }
   const bool cols_fit = g.cols == 1 || (step.rate == 0 && g.cols <= kMostColsHeld);
-  if (unit <= sizes.tile * sizes.held && !g.strided() && !measured && cols_fit) {
+  if (unit <= sizes.tile * sizes.held && !g.strided() && !four_sums && cols_fit) {
     e[entry::k_kind] = kind::k_long;
     cut.tiles = g.units;
     return;
@@ -92,13 +101,21 @@ void cut_into_tiles(const StepJob& job, const TensorStep& step, const Geometry& 
   e[entry::k_per_sum] = g.units * row_tiles * g.cols;
   cut.tiles = cut.project_tiles = g.units * row_tiles * (one ? 1 : divide_up(g.cols, sizes.width));
   cut.finish_tiles = g.units * divide_up(g.cols, sizes.finish_width);
-  cut.sums = (measured ? 4 : 1) * e[entry::k_per_sum] + g.groups();
+  cut.sums = (four_sums ? 4 : 1) * e[entry::k_per_sum] + g.groups();
 }
 
-Cut cut_of(const StepJob& job, size_t i, const Sizes& sizes, bool measured, bool grouped, const Geometry& g,
-           std::vector<int64_t>& pool) {
-  const TensorView& view = job.tensors[i];
-  const TensorStep& step = job.steps[i];
+// Norm groups as columns of a unit, but where every element is a group.
+Geometry geometry_to_cut(const TensorView& view, bool grouped) {
+  Geometry g = geometry_of(view, grouped);
+  if (g.rows == 1) {
+    g.units *= g.cols;
+    g.cols = 1;
+  }
+  return g;
+}
+
+Cut cut_of(const StepJob& job, const TensorView& view, const TensorStep& step, const Sizes& sizes, bool grouped,
+           bool four_sums, const Geometry& g, std::vector<int64_t>& pool) {
   const bool walk = g.strided();
   Cut cut;
   int64_t* e = cut.entry;
@@ -115,17 +132,53 @@ Cut cut_of(const StepJob& job, size_t i, const Sizes& sizes, bool measured, bool
                       int64_t(view.reduced != 0) << flag::k_grouped;
   e[entry::k_record] = step.group;
   e[entry::k_numel] = g.numel();
-  e[entry::k_measure] = measured ? append_measure(g, view, pool) : -1;
+  e[entry::k_measure] = e[entry::k_gate] = -1;
   e[entry::k_walk] = walk ? append_walk(g, view.arrays, pool) : -1;
   if (g.numel() > 0) {
-    cut_into_tiles(job, step, g, sizes, grouped, measured, cut);
+    cut_into_tiles(job, step, g, sizes, grouped, four_sums, cut);
   } else {
     e[entry::k_kind] = kind::k_nothing;
     e[entry::k_unit] = 1;
-    e[entry::k_groups] = measured ? group_count(view) : 0;
-    cut.tiles = divide_up(e[entry::k_groups], sizes.tile);
   }
   return cut;
+}
+
+// A tensor without elements has figures all the same.
+void add_measure(const TensorView& view, const Geometry& g, const Sizes& sizes, Cut& cut, std::vector<int64_t>& pool) {
+  cut.entry[entry::k_measure] = append_measure(g, view, pool);
+  if (g.numel() == 0) {
+    cut.entry[entry::k_groups] = group_count(view);
+    cut.tiles = divide_up(cut.entry[entry::k_groups], sizes.tile);
+  }
+}
+
+// Of a rule with a gate, what its first launch does with a tensor: an entry that is cut by rows of dimension 0, then
+// the words of a gate. `walked` counts those that have to be walked by strides.
+Cut add_gate(const StepJob& job, size_t i, const Sizes& sizes, const Geometry& updated, int64_t partial,
+             std::vector<int64_t>& pool, int64_t& walked, Cut& cut) {
+  const TensorView view = view_of_gate(job.tensors[i]);
+  const bool gated = view.reduced != 0;
+  const Geometry g = geometry_to_cut(view, gated);
+  Cut states = cut_of(job, view, job.steps[i], sizes, gated, true, g, pool);
+  int64_t* e = states.entry;
+  states.sums = 0;
+  int64_t words[gate::kWords] = {updated.channels, updated.channel_inner, states.tiles, 1};
+  if (gated && states.tiles > 0) {
+    const int64_t channels = e[entry::k_groups] = g.groups();
+    if (e[entry::k_kind] == kind::k_units) {
+      e[entry::k_row_tiles] = 1;
+      e[entry::k_per_sum] = channels;
+    }
+    int64_t& lanes = words[gate::k_lanes];
+    while (2 * lanes <= e[entry::k_row_tiles] && 2 * lanes * channels <= sizes.tile / 2) lanes *= 2;
+    states.sums = kGateSums * e[entry::k_per_sum] + kDecisionAndAlong + channels;
+  }
+  e[entry::k_partial] = partial;
+  walked += g.strided() && states.tiles > 0;
+  cut.entry[entry::k_gate] = int64_t(pool.size());
+  pool.insert(pool.end(), e, e + entry::kWords);
+  pool.insert(pool.end(), words, words + gate::kWords);
+  return states;
 }
 
 // Numbers in the compute type, two to a word where that is fp32.
@@ -149,8 +202,8 @@ void write_map(const int64_t* entries, int64_t tensors, int first, int64_t tiles
 
 }  // namespace
 
-Needs fill_table(const StepJob& job, const std::vector<double>& records, int64_t width, const Sizes& sizes, bool walk,
-                 int64_t* table, int64_t room) {
+Needs fill_table(const StepJob& job, bool gated, const std::vector<double>& records, int64_t width, const Sizes& sizes,
+                 bool walk, int64_t* table, int64_t room) {
   static thread_local std::vector<int64_t> words, pool;
   words.assign(header::kWords, 0);
   pool.clear();
@@ -161,28 +214,31 @@ Needs fill_table(const StepJob& job, const std::vector<double>& records, int64_t
     const TensorStep& step = job.steps[i];
     const bool measured = job.measured && view.reduced != 0;
     const bool grouped = view.reduced != 0 && (step.every > 0 || step.rate != 0 || measured);
-    Geometry g = geometry_of(view, grouped);
-    if (g.rows == 1) {  // every element is a group
-      g.units *= g.cols;
-      g.cols = 1;
-    }
+    const Geometry g = geometry_to_cut(view, grouped);
     if (g.strided() != walk) {
       ++needs.others;
       continue;
     }
-    Cut cut = cut_of(job, i, sizes, measured, grouped, g, pool);
+    Cut cut = cut_of(job, view, step, sizes, grouped, measured, g, pool);
+    if (measured) add_measure(view, g, sizes, cut, pool);
     cut.entry[entry::k_first_tile] = needs.tiles;
     cut.entry[entry::k_first_finish] = needs.finish_tiles;
     cut.entry[entry::k_first_project] = needs.project_tiles;
+    cut.entry[entry::k_first_gate] = needs.gate_tiles;
     cut.entry[entry::k_partial] = sums;
     needs.tiles += cut.tiles;
     needs.finish_tiles += cut.finish_tiles;
     needs.project_tiles += cut.project_tiles;
     sums += cut.sums;
+    if (gated) {
+      const Cut states = add_gate(job, i, sizes, g, sums, pool, needs.walked_gates, cut);
+      needs.gate_tiles += states.tiles;
+      sums += states.sums;
+    }
     ++needs.tensors;
     words.insert(words.end(), cut.entry, cut.entry + entry::kWords);
   }
-  if (std::max({needs.tiles, needs.finish_tiles, needs.project_tiles}) > kMostTiles) {
+  if (std::max({needs.tiles, needs.finish_tiles, needs.project_tiles, needs.gate_tiles}) > kMostTiles) {
     throw std::runtime_error("fastwrs: the tensors are too large for one launch");
   }
   const bool wide = job.dtypes.param == Dtype::kFloat64;
@@ -200,19 +256,24 @@ Needs fill_table(const StepJob& job, const std::vector<double>& records, int64_t
   const int64_t maps_at = int64_t(words.size());
   const int64_t finish_at = maps_at + divide_up(needs.tiles, 2);
   const int64_t project_at = finish_at + divide_up(needs.finish_tiles, 2);
-  needs.words = project_at + divide_up(needs.project_tiles, 2);
+  const int64_t gate_at = project_at + divide_up(needs.project_tiles, 2);
+  const int64_t tickets_at = gate_at + divide_up(needs.gate_tiles, 2);
+  needs.words = tickets_at + (gated ? divide_up(needs.tensors, 2) : 0);
 
   int64_t* h = words.data();
   h[header::k_tensors] = needs.tensors;
   h[header::k_tiles] = needs.tiles;
   h[header::k_finish_tiles] = needs.finish_tiles;
   h[header::k_project_tiles] = needs.project_tiles;
+  h[header::k_gate_tiles] = needs.gate_tiles;
   h[header::k_records] = numbers_at;
   h[header::k_record_numbers] = width;
   h[header::k_pool] = pool_at;
   h[header::k_step_map] = maps_at;
   h[header::k_finish_map] = finish_at;
   h[header::k_project_map] = project_at;
+  h[header::k_gate_map] = gate_at;
+  h[header::k_gate_tickets] = tickets_at;
   h[header::k_grad_scale] = address_of(job.grad_scale);
   h[header::k_found_inf] = address_of(job.found_inf);
   h[header::k_measured] = address(job.measured);
@@ -225,7 +286,7 @@ Needs fill_table(const StepJob& job, const std::vector<double>& records, int64_t
   for (int64_t i = 0; same_maps && i < needs.tensors; ++i) {
     const int64_t at = header::kWords + i * entry::kWords;
     same_maps =
-        std::equal(h + at + entry::k_first_tile, h + at + entry::k_first_project + 1, table + at + entry::k_first_tile);
+        std::equal(h + at + entry::k_first_tile, h + at + entry::k_first_gate + 1, table + at + entry::k_first_tile);
   }
   if (!same_maps) {
     const int64_t* entries = h + header::kWords;
@@ -234,6 +295,7 @@ Needs fill_table(const StepJob& job, const std::vector<double>& records, int64_t
     write_map(entries, needs.tensors, entry::k_first_tile, needs.tiles, t + maps_at);
     write_map(entries, needs.tensors, entry::k_first_finish, needs.finish_tiles, t + finish_at);
     write_map(entries, needs.tensors, entry::k_first_project, needs.project_tiles, t + project_at);
+    write_map(entries, needs.tensors, entry::k_first_gate, needs.gate_tiles, t + gate_at);
     needs.changed = needs.words;
   } else {
     needs.changed = maps_at;
@@ -246,7 +308,8 @@ Needs fill_table(const StepJob& job, const std::vector<double>& records, int64_t
 std::string layout() {
 #define FASTWRS_NAME(name) " " #name
   return "header:" FASTWRS_HEADER(FASTWRS_NAME) "\nentry:" FASTWRS_ENTRY(FASTWRS_NAME)  //
-      "\nkinds:" FASTWRS_KINDS(FASTWRS_NAME) "\nflags:" FASTWRS_FLAGS(FASTWRS_NAME);
+      "\ngate:" FASTWRS_GATE(FASTWRS_NAME) "\nkinds:" FASTWRS_KINDS(FASTWRS_NAME) "\nflags:" FASTWRS_FLAGS(
+          FASTWRS_NAME);
 #undef FASTWRS_NAME
 }
 

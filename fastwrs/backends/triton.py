@@ -131,11 +131,11 @@ def _stream_of(device: torch.device) -> int:
 
 
 class _Launches(NamedTuple):
-    """What is launched with one table: ``tiles``: programs of the step, of what finishes sums, of what scales."""
+    """What is launched with one table. ``tiles``: a ``Programs`` of the launches."""
 
     variant: Any
     table: _Table
-    tiles: tuple[int, int, int]
+    tiles: Any
     tensors: int
 
 
@@ -160,7 +160,7 @@ def _prepare(call: StepCall, walk: bool) -> _Launches:
     table = tables.get(key) or _new_table(0, call.params[0].device)
     while True:
         arguments = *call.arguments(), False, memory.constants, sizes, walk, table.host
-        words, changed, size, *tiles, tensors, _others = torch.ops.fastwrs.triton_table(*arguments)
+        words, changed, size, *tiles, tensors, _others, walked_gates = torch.ops.fastwrs.triton_table(*arguments)
         # At once: the table on the host has been written, and the next round will find nothing changed.
         table.behind = max(table.behind, changed)
         if not tensors:
@@ -173,7 +173,7 @@ def _prepare(call: StepCall, walk: bool) -> _Launches:
             _keep_as_last(memory, tables, key, table)
             break
     _check_grid(tiles)
-    return _Launches(variant, table, tuple(tiles), tensors)
+    return _Launches(variant._replace(gate_walk=walked_gates > 0), table, launch.Programs(*tiles), tensors)
 
 
 def _check_grid(tiles: list[int]) -> None:

@@ -1,7 +1,8 @@
 """The kernels. A program takes one tile of one tensor: it updates the tile, and where norms are to be set and the tile
 holds whole norm groups it keeps the new weights in registers until their norms are known, so that every array is read
 and written once. Where a group does not fit, ``step_kernel`` writes the weights and leaves sums of squares in the
-workspace, ``finish_kernel`` makes factors of them and ``project_kernel`` scales.
+workspace, ``finish_kernel`` makes factors of them and ``project_kernel`` scales. A rule with a gate has ``gate_kernel``
+before all of these.
 
 Whether this step counts (found_inf), rescales or shrinks is decided here, from numbers in device memory.
 """
@@ -15,6 +16,18 @@ import triton
 import triton.language as tl
 
 from fastwrs.triton_kernels import table as words
+from fastwrs.triton_kernels.access import (
+    VECTOR,
+    control_of,
+    entry_of,
+    is_skipped,
+    leave_sum,
+    piece_of,
+    places,
+    strip_of,
+    unscaled,
+)
+from fastwrs.triton_kernels.gate import update_behind_gate
 from fastwrs.triton_kernels.norms import (
     divided,
     due,
@@ -24,89 +37,46 @@ from fastwrs.triton_kernels.norms import (
     write_measured,
     write_measured_of_nothing,
 )
-from fastwrs.triton_kernels.numeric import is_finite, quotient, square_root
-
-VECTOR = tl.constexpr(8)  # elements: 16 bytes of the shortest type
-
-
-@triton.jit
-def _is_skipped(table):
-    # Any non-zero found_inf, NaN too.
-    at = tl.load(table + words.FOUND_INF)
-    found = 0.0
-    if at != 0:
-        found = tl.load(at.to(tl.pointer_type(tl.float32)))
-    return found != 0
-
-
-@triton.jit
-def _control_of(table, entry, COMPUTE: tl.constexpr):
-    records = (table + tl.load(table + words.RECORDS)).to(tl.pointer_type(COMPUTE))
-    return records + tl.load(entry + words.RECORD) * tl.load(table + words.RECORD_NUMBERS)
-
-
-@triton.jit
-def _entry_of(table, tensor):
-    return table + words.HEADER_WORDS + tensor * words.ENTRY_WORDS
-
-
-@triton.jit
-def _walked(table, entry, index, array, ARRAYS: tl.constexpr):
-    # Where element `index` of the walk lies in an array.
-    dims = table + tl.load(table + words.POOL) + tl.load(entry + words.WALK_AT)
-    offset = tl.zeros_like(index)
-    d = tl.load(dims) - 1
-    while d >= 0:
-        dim = dims + 1 + d * (1 + ARRAYS)
-        size = tl.load(dim)
-        offset += index % size * tl.load(dim + 1 + array)
-        index = index // size
-        d -= 1
-    return offset
-
-
-@triton.jit
-def _places(table, entry, array, KIND: tl.constexpr, start, within, ALIGNED: tl.constexpr, WALK: tl.constexpr,
-            ARRAYS: tl.constexpr):  # fmt: skip
-    # Addresses of elements `start + within` of an array.
-    at = tl.load(entry + array)
-    if ALIGNED:
-        at = tl.multiple_of(at, 16)
-        array_start = at.to(tl.pointer_type(KIND))
-        return tl.multiple_of(array_start, 16) + start // VECTOR * VECTOR + within
-    elif WALK:
-        return at.to(tl.pointer_type(KIND)) + _walked(table, entry, start + within, array, ARRAYS)
-    else:
-        return at.to(tl.pointer_type(KIND)) + start + within
+from fastwrs.triton_kernels.numeric import compensated, quotient, square_root
 
 
 @triton.jit
 def _update(table, entry, control, scalars, start, within, mask, UPDATE: tl.constexpr, SLOTS: tl.constexpr,
-            TYPES: tl.constexpr, ALIGNED: tl.constexpr, WALK: tl.constexpr):  # fmt: skip
+            TYPES: tl.constexpr, GATED: tl.constexpr, MEASURE: tl.constexpr, ALIGNED: tl.constexpr,
+            WALK: tl.constexpr):  # fmt: skip
     """Updates some elements and writes their states. Returns weights before and after, gradient and step.
 
     The gradient is that which the user sees: unscaled, not negated.
     """
+    if GATED:
+        return update_behind_gate(
+            table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, MEASURE, ALIGNED, WALK
+        )
+    else:
+        return _update_at_once(table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, ALIGNED, WALK)
+
+
+@triton.jit
+def _update_at_once(table, entry, control, scalars, start, within, mask, UPDATE: tl.constexpr, SLOTS: tl.constexpr,
+                    TYPES: tl.constexpr, ALIGNED: tl.constexpr, WALK: tl.constexpr):  # fmt: skip
+    # All of a step, in one pass over memory.
     ARRAYS: tl.constexpr = 2 + SLOTS
     COMPUTE: tl.constexpr = TYPES[3]
-    p = _places(table, entry, words.PARAM, TYPES[0], start, within, ALIGNED, WALK, ARRAYS)
-    g = _places(table, entry, words.GRAD, TYPES[1], start, within, ALIGNED, WALK, ARRAYS)
+    p = places(table, entry, words.PARAM, TYPES[0], start, within, ALIGNED, WALK, ARRAYS)
+    g = places(table, entry, words.GRAD, TYPES[1], start, within, ALIGNED, WALK, ARRAYS)
     before = tl.load(p, mask, other=0).to(COMPUTE)
     grad = tl.load(g, mask, other=0).to(COMPUTE)
     s0, s1, s2 = before, before, before
     if SLOTS > 0:
-        a0 = _places(table, entry, words.STATE0, TYPES[2], start, within, ALIGNED, WALK, ARRAYS)
+        a0 = places(table, entry, words.STATE0, TYPES[2], start, within, ALIGNED, WALK, ARRAYS)
         s0 = tl.load(a0, mask, other=0).to(COMPUTE)
     if SLOTS > 1:
-        a1 = _places(table, entry, words.STATE1, TYPES[2], start, within, ALIGNED, WALK, ARRAYS)
+        a1 = places(table, entry, words.STATE1, TYPES[2], start, within, ALIGNED, WALK, ARRAYS)
         s1 = tl.load(a1, mask, other=0).to(COMPUTE)
     if SLOTS > 2:
-        a2 = _places(table, entry, words.STATE2, TYPES[2], start, within, ALIGNED, WALK, ARRAYS)
+        a2 = places(table, entry, words.STATE2, TYPES[2], start, within, ALIGNED, WALK, ARRAYS)
         s2 = tl.load(a2, mask, other=0).to(COMPUTE)
-    scale_at = tl.load(table + words.GRAD_SCALE)
-    if scale_at != 0:
-        grad = quotient(grad, tl.load(scale_at.to(tl.pointer_type(tl.float32))).to(COMPUTE))
-        tl.store(g, grad.to(TYPES[1]), mask)
+    grad = unscaled(table, g, grad, mask, True, TYPES[1])
     signed = tl.where(tl.load(control + words.MAXIMIZE) != 0, -grad, grad)
     after, step, s0, s1, s2 = UPDATE(before, signed, s0, s1, s2, scalars, SLOTS)
     if SLOTS > 0:
@@ -119,15 +89,9 @@ def _update(table, entry, control, scalars, start, within, mask, UPDATE: tl.cons
 
 
 @triton.jit
-def _leave_sum(table, entry, kind, place, total, mask, COMPUTE: tl.constexpr):
-    workspace = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(entry + words.PARTIAL_AT)
-    tl.store(workspace + kind * tl.load(entry + words.PER_SUM) + place, total, mask)
-
-
-@triton.jit
 def _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE: tl.constexpr,
-               SLOTS: tl.constexpr, TYPES: tl.constexpr, MEASURE: tl.constexpr, ALIGNED: tl.constexpr,
-               WALK: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+               SLOTS: tl.constexpr, TYPES: tl.constexpr, GATED: tl.constexpr, MEASURE: tl.constexpr,
+               ALIGNED: tl.constexpr, WALK: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """A tile of consecutive elements: whole units, or a part of one unit with one norm group."""
     COMPUTE: tl.constexpr = TYPES[3]
     within = tl.arange(0, TILE)
@@ -136,7 +100,7 @@ def _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count
         count = count // VECTOR * VECTOR
     mask = within < count
     p, before, after, grad, step = _update(
-        table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, ALIGNED, WALK
+        table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, GATED, MEASURE, ALIGNED, WALK
     )
     kind = tl.load(entry + words.KIND)
     measured = MEASURE and tl.load(entry + words.MEASURE_AT) >= 0
@@ -146,14 +110,14 @@ def _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count
         if MEASURE:
             if measured:
                 always = tile >= 0
-                _leave_sum(table, entry, 0, tile, tl.sum(before * before), always, COMPUTE)
-                _leave_sum(table, entry, 1, tile, tl.sum(stored * stored), always, COMPUTE)
-                _leave_sum(table, entry, 2, tile, tl.sum(tl.where(mask, grad * grad, 0)), always, COMPUTE)
-                _leave_sum(table, entry, 3, tile, tl.sum(tl.where(mask, step * step, 0)), always, COMPUTE)
+                leave_sum(table, entry, 0, tile, tl.sum(before * before), always, COMPUTE)
+                leave_sum(table, entry, 1, tile, tl.sum(stored * stored), always, COMPUTE)
+                leave_sum(table, entry, 2, tile, tl.sum(tl.where(mask, grad * grad, 0)), always, COMPUTE)
+                leave_sum(table, entry, 3, tile, tl.sum(tl.where(mask, step * step, 0)), always, COMPUTE)
         else:
             if rescale | shrink:
                 x = tl.where(shrink, before, stored)
-                _leave_sum(table, entry, 0, tile, tl.sum(x * x), tile >= 0, COMPUTE)
+                leave_sum(table, entry, 0, tile, tl.sum(x * x), tile >= 0, COMPUTE)
     elif rescale | shrink | measured:
         rows, cols = tl.load(entry + words.ROWS).to(tl.int32), tl.load(entry + words.COLS).to(tl.int32)
         unit = tl.load(entry + words.UNIT).to(tl.int32)
@@ -185,7 +149,8 @@ def _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count
 
 @triton.jit
 def _long_tile(table, entry, control, scalars, lr, rescale, shrink, start, UPDATE: tl.constexpr, SLOTS: tl.constexpr,
-               TYPES: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, HELD: tl.constexpr):  # fmt: skip
+               TYPES: tl.constexpr, GATED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
+               HELD: tl.constexpr):  # fmt: skip
     """One unit of up to HELD tiles, held in registers: of one norm group, or of several that are only rescaled."""
     unit = tl.load(entry + words.UNIT).to(tl.int32)
     if ALIGNED:
@@ -199,7 +164,7 @@ def _long_tile(table, entry, control, scalars, lr, rescale, shrink, start, UPDAT
     while k * TILE < unit:
         mask = within < unit - k * TILE
         _p, before, after, _g, _u = _update(table, entry, control, scalars, start + k * TILE, within, mask, UPDATE,
-                                            SLOTS, TYPES, ALIGNED, False)  # fmt: skip
+                                            SLOTS, TYPES, GATED, False, ALIGNED, False)  # fmt: skip
         after = tl.where(mask, after, 0)
         x = tl.where(shrink, before, after)
         total += tl.sum(x * x)
@@ -220,7 +185,7 @@ def _long_tile(table, entry, control, scalars, lr, rescale, shrink, start, UPDAT
             col += 1
     k = 0
     while k * TILE < unit:
-        p = _places(table, entry, words.PARAM, TYPES[0], start + k * TILE, within, ALIGNED, False, 2 + SLOTS)
+        p = places(table, entry, words.PARAM, TYPES[0], start + k * TILE, within, ALIGNED, False, 2 + SLOTS)
         tl.store(p, (_of(held, k, HELD) * factor).to(TYPES[0]), within < unit - k * TILE)
         k += 1
 
@@ -266,27 +231,14 @@ def _with_scaled_col(held, factor, within, inverse, cols, col, TILE: tl.constexp
 
 
 @triton.jit
-def _strip(entry, tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Some rows and columns of a unit: its number, first element, places, mask, and the first of its sums."""
-    rows, cols = tl.load(entry + words.ROWS), tl.load(entry + words.COLS)
-    strips, row_tiles = tl.cdiv(cols, WIDTH), tl.load(entry + words.ROW_TILES)
-    strip, row_tile = tile % strips, tile // strips % row_tiles
-    unit = tile // strips // row_tiles
-    row = row_tile * HEIGHT + tl.arange(0, HEIGHT)
-    col = strip * WIDTH + tl.arange(0, WIDTH)
-    within = row[:, None] * cols + col[None, :]
-    mask = (row[:, None] < rows) & (col[None, :] < cols)
-    return unit, unit * rows * cols, within, mask, (unit * row_tiles + row_tile) * cols + col, col
-
-
-@triton.jit
 def _strip_tile(table, entry, control, scalars, rescale, shrink, tile, UPDATE: tl.constexpr, SLOTS: tl.constexpr,
-                TYPES: tl.constexpr, MEASURE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+                TYPES: tl.constexpr, GATED: tl.constexpr, MEASURE: tl.constexpr, HEIGHT: tl.constexpr,
+                WIDTH: tl.constexpr):  # fmt: skip
     """Some rows of some columns of one unit: the weights are written at once, sums are left for each column."""
     COMPUTE: tl.constexpr = TYPES[3]
-    _unit, start, within, mask, place, col = _strip(entry, tile, HEIGHT, WIDTH)
+    _unit, start, within, mask, place, col = strip_of(entry, tile, HEIGHT, WIDTH)
     p, before, after, grad, step = _update(
-        table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, False, False
+        table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, GATED, MEASURE, False, False
     )
     new = after.to(TYPES[0])
     stored = tl.where(mask, new.to(COMPUTE), 0)
@@ -294,14 +246,14 @@ def _strip_tile(table, entry, control, scalars, rescale, shrink, tile, UPDATE: t
     if MEASURE:
         if tl.load(entry + words.MEASURE_AT) >= 0:
             grad, step = tl.where(mask, grad, 0), tl.where(mask, step, 0)
-            _leave_sum(table, entry, 0, place, tl.sum(before * before, axis=0), there, COMPUTE)
-            _leave_sum(table, entry, 1, place, tl.sum(stored * stored, axis=0), there, COMPUTE)
-            _leave_sum(table, entry, 2, place, tl.sum(grad * grad, axis=0), there, COMPUTE)
-            _leave_sum(table, entry, 3, place, tl.sum(step * step, axis=0), there, COMPUTE)
+            leave_sum(table, entry, 0, place, tl.sum(before * before, axis=0), there, COMPUTE)
+            leave_sum(table, entry, 1, place, tl.sum(stored * stored, axis=0), there, COMPUTE)
+            leave_sum(table, entry, 2, place, tl.sum(grad * grad, axis=0), there, COMPUTE)
+            leave_sum(table, entry, 3, place, tl.sum(step * step, axis=0), there, COMPUTE)
     else:
         if rescale | shrink:
             x = tl.where(shrink, before, stored)
-            _leave_sum(table, entry, 0, place, tl.sum(x * x, axis=0), there, COMPUTE)
+            leave_sum(table, entry, 0, place, tl.sum(x * x, axis=0), there, COMPUTE)
     tl.store(p, new, mask)
 
 
@@ -317,24 +269,27 @@ def _advance_steps(table, BLOCK: tl.constexpr):
         while first < tensors:
             tensor = first + tl.arange(0, BLOCK)
             mask = tensor < tensors
-            step = tl.load(_entry_of(table, tensor) + words.STEP, mask, other=0).to(tl.pointer_type(tl.float32))
+            step = tl.load(entry_of(table, tensor) + words.STEP, mask, other=0).to(tl.pointer_type(tl.float32))
             tl.store(step, tl.load(step, mask, other=0) + 1, mask)
             first += BLOCK
 
 
 @triton.jit
 def step_kernel(table, PREPARE: tl.constexpr, UPDATE: tl.constexpr, SLOTS: tl.constexpr, TYPES: tl.constexpr,
-                MEASURE: tl.constexpr, WALK: tl.constexpr, TILE: tl.constexpr, HELD: tl.constexpr,
-                HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """One step of all tensors of a table. TYPES: of parameter, gradient, states, and the compute type."""
+                GATED: tl.constexpr, MEASURE: tl.constexpr, WALK: tl.constexpr, TILE: tl.constexpr,
+                HELD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """One step of all tensors of a table. TYPES: of parameter, gradient, states, and the compute type.
+
+    GATED: the states have been advanced, and gates have decided: see ``gate_kernel``.
+    """
     table = tl.multiple_of(table, 16)
     COMPUTE: tl.constexpr = TYPES[3]
-    if not _is_skipped(table):
+    if not is_skipped(table):
         program = tl.program_id(0)
         if program < tl.load(table + words.TILES):
             numbers = (table + tl.load(table + words.STEP_MAP)).to(tl.pointer_type(tl.int32))
-            entry = _entry_of(table, tl.load(numbers + program).to(tl.int64))
-            control = _control_of(table, entry, COMPUTE)
+            entry = entry_of(table, tl.load(numbers + program).to(tl.int64))
+            control = control_of(table, entry, COMPUTE)
             tile = program.to(tl.int64) - tl.load(entry + words.FIRST_TILE)
             t = tl.load(tl.load(entry + words.STEP).to(tl.pointer_type(tl.float32))).to(COMPUTE) + 1
             lr = learning_rate(entry, control)
@@ -347,40 +302,32 @@ def step_kernel(table, PREPARE: tl.constexpr, UPDATE: tl.constexpr, SLOTS: tl.co
             scalars = PREPARE(control + words.CONTROL_NUMBERS, lr, t, (t == 1) | ((flags & words.FRESH) != 0))
             if kind == words.STRIP:
                 if not WALK:
-                    _strip_tile(table, entry, control, scalars, rescale, shrink, tile, UPDATE, SLOTS, TYPES, MEASURE,
-                                HEIGHT, WIDTH)  # fmt: skip
+                    _strip_tile(table, entry, control, scalars, rescale, shrink, tile, UPDATE, SLOTS, TYPES, GATED,
+                                MEASURE, HEIGHT, WIDTH)  # fmt: skip
             elif kind == words.LONG:
                 if not (WALK or MEASURE):
                     if ((flags & words.ALIGNED) != 0) & (unit % VECTOR == 0):
                         _long_tile(table, entry, control, scalars, lr, rescale, shrink, tile * unit, UPDATE, SLOTS,
-                                   TYPES, True, TILE, HELD)  # fmt: skip
+                                   TYPES, GATED, True, TILE, HELD)  # fmt: skip
                     else:
                         _long_tile(table, entry, control, scalars, lr, rescale, shrink, tile * unit, UPDATE, SLOTS,
-                                   TYPES, False, TILE, HELD)  # fmt: skip
+                                   TYPES, GATED, False, TILE, HELD)  # fmt: skip
             elif kind == words.NOTHING:
                 if MEASURE:
                     write_measured_of_nothing(table, entry, tile, TILE)
             else:
-                size = unit * tl.load(entry + words.UNITS_PER_TILE)
-                start = tile * size
-                end = tl.load(entry + words.NUMEL)
-                if kind == words.PARTIAL:
-                    row_tiles = tl.load(entry + words.ROW_TILES)
-                    size = tl.zeros_like(size) + TILE
-                    end = tile // row_tiles * unit + unit
-                    start = end - unit + tile % row_tiles * TILE
-                count = tl.minimum(size, end - start)
+                start, count = piece_of(entry, kind, tile, TILE)
                 whole = (start % VECTOR == 0) & (count % VECTOR == 0)
                 if WALK:
                     _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE, SLOTS,
-                               TYPES, MEASURE, False, True, TILE)  # fmt: skip
+                               TYPES, GATED, MEASURE, False, True, TILE)  # fmt: skip
                 else:
                     if ((flags & words.ALIGNED) != 0) & whole:
                         _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE,
-                                   SLOTS, TYPES, MEASURE, True, False, TILE)  # fmt: skip
+                                   SLOTS, TYPES, GATED, MEASURE, True, False, TILE)  # fmt: skip
                     else:
                         _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE,
-                                   SLOTS, TYPES, MEASURE, False, False, TILE)  # fmt: skip
+                                   SLOTS, TYPES, GATED, MEASURE, False, False, TILE)  # fmt: skip
         if tl.load(table + words.PROJECT_TILES) == 0:
             _advance_steps(table, TILE)
 
@@ -402,10 +349,7 @@ def _compensated_sum(table, entry, kind, unit, col, there, HEIGHT: tl.constexpr,
     first = tl.zeros_like(row_tiles)
     while first < row_tiles:
         row = first + tl.arange(0, HEIGHT)[:, None] * lanes + lane
-        x = tl.load(sums + row * cols + col, (row < row_tiles) & there, other=0) - lost
-        new = total + x
-        lost = tl.where(is_finite(new), (new - total) - x, 0)
-        total = new
+        total, lost = compensated(total, lost, tl.load(sums + row * cols + col, (row < row_tiles) & there, other=0))
         first += HEIGHT * lanes
     of_lanes = tl.sum(total, axis=0)
     return tl.where(one, tl.zeros_like(of_lanes) + tl.sum(of_lanes), of_lanes)
@@ -415,11 +359,11 @@ def _compensated_sum(table, entry, kind, unit, col, there, HEIGHT: tl.constexpr,
 def finish_kernel(table, COMPUTE: tl.constexpr, MEASURE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """Makes factors of the partial sums: some columns of one unit for each program."""
     table = tl.multiple_of(table, 16)
-    if not _is_skipped(table):
+    if not is_skipped(table):
         numbers = (table + tl.load(table + words.FINISH_MAP)).to(tl.pointer_type(tl.int32))
         program = tl.program_id(0)
-        entry = _entry_of(table, tl.load(numbers + program).to(tl.int64))
-        control = _control_of(table, entry, COMPUTE)
+        entry = entry_of(table, tl.load(numbers + program).to(tl.int64))
+        control = control_of(table, entry, COMPUTE)
         tile = program.to(tl.int64) - tl.load(entry + words.FIRST_FINISH)
         t = tl.load(tl.load(entry + words.STEP).to(tl.pointer_type(tl.float32))).to(COMPUTE) + 1
         lr = learning_rate(entry, control)
@@ -442,16 +386,16 @@ def finish_kernel(table, COMPUTE: tl.constexpr, MEASURE: tl.constexpr, HEIGHT: t
                 write_measured(table, entry, group, there, factor, rescale, shrink, norm, updated, grad, step)
             else:
                 factor = projection_factor(control, lr, rescale, shrink, norm, norm)
-            _leave_sum(table, entry, kinds, group, factor, there, COMPUTE)
+            leave_sum(table, entry, kinds, group, factor, there, COMPUTE)
 
 
 @triton.jit
 def _scale_strip(table, entry, factors, tile, PARAM: tl.constexpr, SLOTS: tl.constexpr, HEIGHT: tl.constexpr,
                  WIDTH: tl.constexpr):  # fmt: skip
-    unit, start, within, mask, _place, col = _strip(entry, tile, HEIGHT, WIDTH)
+    unit, start, within, mask, _place, col = strip_of(entry, tile, HEIGHT, WIDTH)
     cols = tl.load(entry + words.COLS)
     factor = tl.load(factors + unit * cols + col, col < cols, other=0)
-    p = _places(table, entry, words.PARAM, PARAM, start, within, False, False, 2 + SLOTS)
+    p = places(table, entry, words.PARAM, PARAM, start, within, False, False, 2 + SLOTS)
     tl.store(p, (tl.load(p, mask, other=0).to(factor.dtype) * factor[None, :]).to(PARAM), mask)
 
 
@@ -462,7 +406,7 @@ def _scale_flat(table, entry, factor, start, count, PARAM: tl.constexpr, SLOTS: 
     if ALIGNED:
         count = count // VECTOR * VECTOR
     mask = within < count
-    p = _places(table, entry, words.PARAM, PARAM, start, within, ALIGNED, WALK, 2 + SLOTS)
+    p = places(table, entry, words.PARAM, PARAM, start, within, ALIGNED, WALK, 2 + SLOTS)
     tl.store(p, (tl.load(p, mask, other=0).to(factor.dtype) * factor).to(PARAM), mask)
 
 
@@ -471,11 +415,11 @@ def project_kernel(table, PARAM: tl.constexpr, COMPUTE: tl.constexpr, SLOTS: tl.
                    WALK: tl.constexpr, TILE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Multiplies the weights that fit no tile by the factors of their groups."""
     table = tl.multiple_of(table, 16)
-    if not _is_skipped(table):
+    if not is_skipped(table):
         program = tl.program_id(0)
         numbers = (table + tl.load(table + words.PROJECT_MAP)).to(tl.pointer_type(tl.int32))
-        entry = _entry_of(table, tl.load(numbers + program).to(tl.int64))
-        control = _control_of(table, entry, COMPUTE)
+        entry = entry_of(table, tl.load(numbers + program).to(tl.int64))
+        control = control_of(table, entry, COMPUTE)
         tile = program.to(tl.int64) - tl.load(entry + words.FIRST_PROJECT)
         t = tl.load(tl.load(entry + words.STEP).to(tl.pointer_type(tl.float32))).to(COMPUTE) + 1
         lr = learning_rate(entry, control)

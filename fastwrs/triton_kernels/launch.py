@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastwrs.triton_kernels import kernels
+from fastwrs.triton_kernels import gate, kernels
 from fastwrs.triton_kernels.rules import RULES
 
 _TYPES = {"float32": tl.float32, "float64": tl.float64, "bfloat16": tl.bfloat16, "float16": tl.float16}
@@ -50,6 +50,13 @@ class Variant(NamedTuple):
     dtypes: tuple[str, str, str]
     measure: bool
     walk: bool
+    gate_walk: bool = False
+    """Whether some tensor's gate has to walk by strides."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether the rule has a gate."""
+        return RULES[self.rule].gated
 
     @property
     def blocks(self) -> Blocks:
@@ -63,7 +70,8 @@ class Variant(NamedTuple):
             "PREPARE": rule.prepare,
             "UPDATE": rule.update,
             "SLOTS": self.slots,
-            "TYPES": (*(_TYPES[name] for name in self.dtypes), self._compute),
+            "TYPES": self._types,
+            "GATED": self.gated,
             "MEASURE": self.measure,
             "WALK": self.walk,
             "TILE": blocks.tile,
@@ -72,6 +80,22 @@ class Variant(NamedTuple):
             "WIDTH": blocks.width,
         }
         return kernels.step_kernel, constants
+
+    def gate(self) -> tuple[Any, dict[str, Any]]:
+        """The kernel of the first pass, if the rule has a gate."""
+        rule, blocks = RULES[self.rule], self.blocks
+        constants = {
+            "PREPARE": rule.prepare,
+            "ADVANCE": rule.advance,
+            "DIRECTION": rule.direction,
+            "SLOTS": self.slots,
+            "TYPES": self._types,
+            "WALK": self.gate_walk,
+            "TILE": blocks.tile,
+            "HEIGHT": blocks.height,
+            "WIDTH": blocks.width,
+        }
+        return gate.gate_kernel, constants
 
     def finish(self) -> tuple[Any, dict[str, Any]]:
         """The kernel that makes factors of partial sums."""
@@ -94,6 +118,10 @@ class Variant(NamedTuple):
         return kernels.project_kernel, constants
 
     @property
+    def _types(self) -> tuple[tl.dtype, ...]:
+        return (*(_TYPES[name] for name in self.dtypes), self._compute)
+
+    @property
     def _compute(self) -> tl.dtype:
         return tl.float64 if self.dtypes[0] == "float64" else tl.float32
 
@@ -103,12 +131,21 @@ def constants_of(rule: str, record: Mapping[str, float]) -> list[float]:
     return RULES[rule].constants(record)
 
 
-_compiled: set[tuple[Variant, bool, torch.device]] = set()
+class Programs(NamedTuple):
+    """How many programs each launch of a table has: the step, what finishes sums, what scales; a gate before them."""
+
+    step: int
+    finish: int
+    project: int
+    gate: int = 0
 
 
-def compile_once(variant: Variant, table: Tensor, tiles: tuple[int, int, int]) -> None:
+_compiled: set[tuple[Variant, bool, bool, torch.device]] = set()
+
+
+def compile_once(variant: Variant, table: Tensor, tiles: Programs) -> None:
     """Compiles what a table is launched with, and loads it. Failures then come before the first launch."""
-    known = variant, tiles[2] > 0, table.device
+    known = variant, tiles.project > 0, tiles.gate > 0, table.device
     if known in _compiled:
         return
     with _current(table.device):
@@ -119,7 +156,7 @@ def compile_once(variant: Variant, table: Tensor, tiles: tuple[int, int, int]) -
     _compiled.add(known)
 
 
-def launch(variant: Variant, table: Tensor, tiles: tuple[int, int, int]) -> None:
+def launch(variant: Variant, table: Tensor, tiles: Programs) -> None:
     """The launches of one table, in its device's current stream."""
     with _current(table.device):
         for kernel, programs, constants in _launches(variant, tiles):
@@ -131,15 +168,18 @@ def run(kernel: Any, programs: int, table: Tensor, constants: dict[str, Any]) ->
     kernel[(programs,)](table, **constants, **OPTIONS)
 
 
-def _launches(variant: Variant, tiles: tuple[int, int, int]) -> Iterator[tuple[Any, int, dict[str, Any]]]:
+def _launches(variant: Variant, tiles: Programs) -> Iterator[tuple[Any, int, dict[str, Any]]]:
     """Kernels, programs and constants. The step is launched without tiles too: it advances the step counts."""
+    if tiles.gate:
+        kernel, constants = variant.gate()
+        yield kernel, tiles.gate, constants
     kernel, constants = variant.step()
-    yield kernel, max(1, tiles[0]), constants
-    if tiles[2]:
+    yield kernel, max(1, tiles.step), constants
+    if tiles.project:
         kernel, constants = variant.finish()
-        yield kernel, tiles[1], constants
+        yield kernel, tiles.finish, constants
         kernel, constants = variant.project()
-        yield kernel, tiles[2], constants
+        yield kernel, tiles.project, constants
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

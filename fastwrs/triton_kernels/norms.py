@@ -77,8 +77,8 @@ def divided(x, inverse, divisor):
 
 
 @triton.jit
-def _add_up(x, row, rows, stride, SIZE: tl.constexpr):
-    # Rows of a group are added up in pairs, then pairs of pairs, and so on; the total ends up in each group's row 0.
+def add_up(x, row, rows, stride, SIZE: tl.constexpr):
+    """Adds up rows of groups in pairs, then pairs of pairs, and so on; the total ends up in each group's row 0."""
     at = tl.arange(0, SIZE)
     step = 1
     while step < rows:
@@ -93,21 +93,27 @@ def _totals_of_eighths(x, rows, TILE: tl.constexpr):
     # Groups of whole eighths, one behind the other: neighbours are added up first, then an eighth of the work is left.
     at = tl.arange(0, TILE // 8)
     _, row = divided(at, quotient(1.0, (rows // 8).to(tl.float32)), rows // 8)
-    sums = _add_up(tl.sum(tl.reshape(x, [TILE // 8, 8]), axis=1), row, rows // 8, 1, TILE // 8)
+    sums = add_up(tl.sum(tl.reshape(x, [TILE // 8, 8]), axis=1), row, rows // 8, 1, TILE // 8)
     return tl.reshape(tl.broadcast_to(tl.gather(sums, at - row, 0)[:, None], [TILE // 8, 8]), [TILE])
 
 
 @triton.jit
 def group_totals(x, count, rows, cols, unit, TILE: tl.constexpr):
     """For each element of a tile of whole units the sum of squares of its norm group; 0 behind ``count``."""
+    return group_sums(x * x, count, rows, cols, unit, TILE)
+
+
+@triton.jit
+def group_sums(x, count, rows, cols, unit, TILE: tl.constexpr):
+    """The same of numbers as they are."""
     at = tl.arange(0, TILE)
-    x = tl.where(at < count, x * x, 0)
+    x = tl.where(at < count, x, 0)
     if (cols == 1) & (rows % 8 == 0):
         x = _totals_of_eighths(x, rows, TILE)
     else:
         _, within = divided(at, quotient(1.0, unit.to(tl.float32)), unit)
         row, _ = divided(within, quotient(1.0, cols.to(tl.float32)), cols)
-        x = tl.gather(_add_up(x, row, rows, cols, TILE), at - row * cols, 0)
+        x = tl.gather(add_up(x, row, rows, cols, TILE), at - row * cols, 0)
     return x
 
 

@@ -38,6 +38,14 @@ def is_finite(x):
 
 
 @triton.jit
+def compensated(total, lost, x):
+    """``total + x``, and what rounding has added to it; of an infinite sum nothing."""
+    x = x - lost
+    new = total + x
+    return new, tl.where(is_finite(new), (new - total) - x, 0)
+
+
+@triton.jit
 def one_minus_power(log_base, n):
     """``1 - base**n`` as ``-expm1(n * log(base))``, without the cancellation where the power is near 1.
 

@@ -14,18 +14,20 @@ HEADER = (
     "tiles",  # programs of the step
     "finish_tiles",
     "project_tiles",
+    "gate_tiles",
     "records",  # where these begin, in words
     "record_numbers",  # numbers per record
     "pool",
     "step_map",
     "finish_map",
     "project_map",
+    "gate_map",
+    "gate_tickets",  # int32, one for each tensor, 0 between launches; of a rule with a gate
     "grad_scale",  # addresses; 0: none
     "found_inf",
     "measured",
     "ticket",  # int32, 0 between launches
     "workspace",  # partial sums, in the compute type
-    "spare",
 )
 ENTRY = (
     "param",  # addresses
@@ -45,6 +47,7 @@ ENTRY = (
     "first_tile",  # of each launch
     "first_finish",
     "first_project",
+    "first_gate",
     "record",
     "partial",  # where its partial sums begin
     "per_sum",  # partial sums of one kind
@@ -52,9 +55,23 @@ ENTRY = (
     "measure",  # where in the pool; -1: not measured
     "walk",  # where in the pool
     "groups",
+    "gate",  # where in the pool; -1: the rule has none
 )
+GATE = (
+    "channels",  # of the entry that this gate is for: an element of its walk has the index
+    "channel_inner",  # element // channel_inner % channels in dimension 0
+    "programs",  # of this tensor
+    "lanes",  # that add up the sums of a row, a power of 2
+)
+"""What a gate has in the pool behind an entry of its own, whose units hold whole rows of dimension 0.
+
+In the workspace it has its four sums of every part of a row (its entry's ``partial`` and ``per_sum``), then its
+decision, what is taken out of the whole tensor, and what of each row.
+"""
 CONTROL = ("lr", "maximize", "every", "start", "stop", "target", "rate", "power")
 """The numbers of a record that every rule has; the rule's constants follow."""
+GATE_CONTROL = ("delta", "eps", "nesterov", "project_momentum")
+"""The first of a rule's constants, if it has a gate."""
 KINDS = ("units", "long", "partial", "strip", "nothing")
 FLAGS = ("fresh", "lr_is_double", "aligned", "grouped")
 
@@ -63,18 +80,20 @@ FLAGS = ("fresh", "lr_is_double", "aligned", "grouped")
     TILES,
     FINISH_TILES,
     PROJECT_TILES,
+    GATE_TILES,
     RECORDS,
     RECORD_NUMBERS,
     POOL,
     STEP_MAP,
     FINISH_MAP,
     PROJECT_MAP,
+    GATE_MAP,
+    GATE_TICKETS,
     GRAD_SCALE,
     FOUND_INF,
     MEASURED_ROWS,
     TICKET,
     WORKSPACE,
-    _,
 ) = map(constexpr, range(len(HEADER)))
 (
     PARAM,
@@ -94,6 +113,7 @@ FLAGS = ("fresh", "lr_is_double", "aligned", "grouped")
     FIRST_TILE,
     FIRST_FINISH,
     FIRST_PROJECT,
+    FIRST_GATE,
     RECORD,
     PARTIAL_AT,
     PER_SUM,
@@ -101,9 +121,12 @@ FLAGS = ("fresh", "lr_is_double", "aligned", "grouped")
     MEASURE_AT,
     WALK_AT,
     GROUPS,
+    GATE_AT,
 ) = map(constexpr, range(len(ENTRY)))
+CHANNELS, CHANNEL_INNER, PROGRAMS, LANES = map(constexpr, range(len(ENTRY), len(ENTRY) + len(GATE)))
 HEADER_WORDS, ENTRY_WORDS = constexpr(len(HEADER)), constexpr(len(ENTRY))
 LR, MAXIMIZE, EVERY, START, STOP, TARGET, RATE, POWER = map(constexpr, range(len(CONTROL)))
 CONTROL_NUMBERS = constexpr(len(CONTROL))
+DELTA, EPS, NESTEROV, PROJECT_MOMENTUM = map(constexpr, range(len(CONTROL), len(CONTROL) + len(GATE_CONTROL)))
 UNITS, LONG, PARTIAL, STRIP, NOTHING = map(constexpr, range(len(KINDS)))
 FRESH, LR_IS_DOUBLE, ALIGNED, GROUPED = (constexpr(1 << bit) for bit in range(len(FLAGS)))
