@@ -16,11 +16,10 @@ import torch
 from calls import Call, same
 from cases import DTYPES, PROJECTIONS, Case, TensorCase, select
 
-from fastwrs import library
-from fastwrs.backends import cuda
+from fastwrs import dispatch, library
 
 PASSED = "all cases passed"
-TICKETS = cuda.TICKET_BYTES // 4
+TICKETS = dispatch._MODULES["cuda"].TICKET_BYTES // 4
 
 
 class Counts(NamedTuple):

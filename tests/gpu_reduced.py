@@ -64,8 +64,9 @@ def check(case: Case, device: str, poisoned: bool) -> None:
     before = tolerances.snapshot(shadow)
     workspace = on_gpu.planned(*call.args())
     if workspace is not None and not poisoned:
-        ticket, workspace = workspace[:4], torch.empty_like(workspace)
-        workspace[:4] = ticket
+        count = on_gpu.tickets()
+        tickets, workspace = workspace[:count], torch.empty_like(workspace)
+        workspace[:count] = tickets
     call.workspace = workspace
     on_gpu.take(*call.args())
     for mine, theirs in (

@@ -31,7 +31,7 @@ from fastwrs import dispatch
 from fastwrs.plan import StepCall
 
 TRITON: Any = dispatch._MODULES["triton"]
-WORKSPACE_BYTES = TRITON.WORKSPACE_BYTES
+TICKET_BYTES = TRITON.TICKET_BYTES
 PASSED = "all cases passed"
 
 
@@ -219,10 +219,10 @@ def run(call: Call) -> Call:
             TRITON.step(step, dry_run=True)  # learns how large the workspace has to be
             assert step.workspace is not None
             step.workspace.fill_(float("nan"))
-            step.workspace[: WORKSPACE_BYTES // 4] = 0
+            step.workspace[: TICKET_BYTES // 4] = 0
         TRITON.step(step)
     if step.workspace is not None:
-        assert not step.workspace[: WORKSPACE_BYTES // 4].view(torch.int32).any(), "the ticket is not back at 0"
+        assert not step.workspace[: TICKET_BYTES // 4].view(torch.int32).any(), "the ticket is not back at 0"
     return call
 
 

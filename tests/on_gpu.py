@@ -21,7 +21,7 @@ from fastwrs.plan import StepCall
 BACKENDS = ("cuda", "triton")
 DEVICE = BACKEND = "cuda"
 """Where the tests run, and on which kernels: the fixture ``kernels`` takes one after the other."""
-NAMES = {"cuda": ("fastwrs",), "triton": ("step_kernel", "finish_kernel", "project_kernel")}
+NAMES = {"cuda": ("fastwrs",), "triton": ("gate_kernel", "step_kernel", "finish_kernel", "project_kernel")}
 """What the names of a backend's kernels contain."""
 LOST = 9
 """What pytest exits with when a test has broken the CUDA context: no test after it could pass."""
@@ -76,29 +76,34 @@ def take(*args: Any) -> None:
         torch.ops.fastwrs.step(*args)
 
 
+def tickets() -> int:
+    """How many words of a workspace are tickets."""
+    return dispatch._MODULES[BACKEND].TICKET_BYTES // 4
+
+
 def planned(*args: Any) -> Tensor | None:
-    """A workspace that is just large enough for a call of the op, poisoned but for its ticket."""
+    """A workspace that is just large enough for a call of the op, poisoned but for its tickets."""
     if BACKEND == "triton":
         call = StepCall(*args[:13])  # it makes its own, in a dry run too
         dispatch.choose(BACKEND).step(call, dry_run=True)
         if call.workspace is not None:
-            call.workspace[4:] = math.nan
+            call.workspace[tickets() :] = math.nan
         return call.workspace
     device = next(arg for arg in args if isinstance(arg, list) and arg)[0].device
     if device.type == "cpu" and not torch._C._dispatch_has_kernel_for_dispatch_key("fastwrs::step_plan", "CPU"):
         return None  # a rehearsal on the kernels for the CPU, which need none
     size, _ = torch.ops.fastwrs.step_plan(*args)
     workspace = torch.full(((size + 3) // 4,), math.nan, device=device)
-    workspace[:4] = 0
+    workspace[: tickets()] = 0
     return workspace
 
 
 def run(call: Call) -> Call:
-    """One step; afterwards the ticket of the workspace has to be 0 again."""
+    """One step; afterwards the tickets of the workspace have to be 0 again."""
     call.workspace = planned(*call.args())
     take(*call.args())
-    ticket = call.workspace
-    assert ticket is None or not ticket[:4].view(torch.int32).any(), "the ticket is not back at 0"
+    used = call.workspace
+    assert used is None or not used[: tickets()].view(torch.int32).any(), "a ticket is not back at 0"
     return call
 
 

@@ -25,7 +25,7 @@ from fastwrs.spec import DTYPE_TRIPLES, RULES
 NAME = "triton"
 SPARES, TABLES = 4, 64
 THREADS_OF_HIP, MOST_THREADS_OF_HIP = 512, 2**32 - 1
-WORKSPACE_BYTES = 16  # of the ticket
+TICKET_BYTES = 16  # of a workspace, 0 between launches
 
 
 def why_not(device_type: str | None = None, dtypes: tuple[str, str, str] | None = None) -> str | None:
@@ -94,7 +94,7 @@ def _step(call: StepCall, dry_run: bool) -> None:
     if not call.params:
         return
     if call.workspace is None:
-        call.workspace = allocate(call, WORKSPACE_BYTES)
+        call.workspace = allocate(call, TICKET_BYTES)
     workspace = None
     prepared: list[_Launches] = []
     while workspace is not call.workspace:  # one that had to grow is in the tables of both
