@@ -334,6 +334,28 @@ class Compiler:
         if root == ROOT and not self.cache.exists():
             shutil.rmtree(CACHE, ignore_errors=True)  # those of former sources
         self.cache.mkdir(parents=True, exist_ok=True)
+        if root == ROOT:
+            self.take_from_the_library()
+
+    def take_from_the_library(self) -> None:
+        """Takes what has been built, if the library is newer than all that it was built from: `make` has just done so."""
+        library = ROOT / "fastwrs" / "_C.abi3.so"
+        if any(self.cache.iterdir()) or not library.exists():
+            return
+        sources = [ROOT / "setup.py", *(path for folder in HEADERS for path in (ROOT / folder).iterdir())]
+        if library.stat().st_mtime < max(path.stat().st_mtime for path in sources):
+            return
+        with tempfile.TemporaryDirectory(dir=self.cache) as folder:
+            subprocess.run([self.tools.cuobjdump, "-xelf", "all", library], cwd=folder, capture_output=True, check=False)
+            for cubin in Path(folder).glob("*.cubin"):
+                usage = output(self.tools.cuobjdump, "-res-usage", cubin)
+                names = output(self.tools.filt, given="\n".join(re.findall(r"Function (\S+):", usage))).splitlines()
+                found = {kernel_of(name) for name in names}
+                triples = [triple for triple in range(len(TRIPLES)) if found and found <= kernels_of(triple)]
+                number = re.search(r"sm_(\d+)", cubin.name)
+                if len(triples) == 1 and number:
+                    arch = f"{number[1][:-1]}.{number[1][-1]}"
+                    cubin.replace(self.cache / f"{arch}_{triples[0]}.cubin")
 
     def key(self) -> str:
         """A hash of all that a cubin depends on: compiler, flags, and sources without comments and layout."""
