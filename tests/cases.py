@@ -500,17 +500,17 @@ def _make_cases() -> list[Case]:
 
 def _add_gated(add: Callable[..., None], tensor: Callable[..., TensorCase]) -> None:
     """The rules with a gate: rows of dimension 0 are looked at, whatever the norm groups are."""
-    some_gated, some_dtypes = _Deck(GATED), _Deck(DTYPES)
+    some_gated, some_dtypes, some_measured = _Deck(GATED), _Deck(DTYPES), _Deck((True, False))
 
     def gated(theme: str, tensors: list[TensorCase], option: str | None = None, project: str | None = None,
               **more: Any) -> None:  # fmt: skip
         option = option or some_gated.deal()
         add(theme, option, tensors, project, **({"dtypes": some_dtypes.deal()} | more))
 
-    for option in GATED:
-        for k, dtypes in enumerate(DTYPES):
-            more = {"measured": k % 2 == 0}
-            gated("gate", [tensor((8, 16, 3, 3)), tensor((13, 29)), tensor()], option, dtypes=dtypes, **more)
+    for k, option in enumerate(GATED):
+        for dtypes in DTYPES[k % 2 :: 2]:
+            shapes = [tensor((8, 16, 3, 3)), tensor((13, 29)), tensor()]
+            gated("gate", shapes, option, dtypes=dtypes, measured=some_measured.deal())
     for k, shape in enumerate(SHAPES_CONV + SHAPES_CONV3D + SHAPES_EDGE + SHAPES_SMALL + SHAPES_1D + SHAPES_3D):
         gated("gate", [tensor(shape)], measured=k % 2 == 0)
     for shape in SHAPES_LARGE:
@@ -518,9 +518,8 @@ def _add_gated(add: Callable[..., None], tensor: Callable[..., TensorCase]) -> N
             gated("gate", [tensor(shape, axis=axis)])
     for shape in ((5, 7, 3, 3), (13, 29)):
         for first in filter(lambda layout: _fits(layout, shape), LAYOUTS):
-            for second in ("c", "tr"):
-                for axis in ("out", "in"):
-                    gated("gate", [tensor(shape, axis=axis, layouts=(first, second, first))])
+            for second, axis in (("c", "in"), ("tr", "out")):
+                gated("gate", [tensor(shape, axis=axis, layouts=(first, second, first))])
     for k, shape in enumerate(SHAPES_LONG):
         long = tensor(shape, axis=("out", "tensor", None, (0,))[k % 4], layouts=(("c", "off")[k % 2],) * 3)
         gated("gate", [long], ("adamp.open", "sgdp.open")[k % 2], dtypes=DTYPES[k % 3])

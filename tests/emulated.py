@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tolerances
 import torch
@@ -19,7 +19,8 @@ from cases import DTYPES, PROJECTIONS, Case, TensorCase, select
 from fastwrs import dispatch, library
 
 PASSED = "all cases passed"
-TICKETS = dispatch._MODULES["cuda"].TICKET_BYTES // 4
+CUDA: Any = dispatch._MODULES["cuda"]
+TICKETS = CUDA.TICKET_BYTES // 4
 
 
 class Counts(NamedTuple):

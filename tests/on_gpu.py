@@ -78,7 +78,8 @@ def take(*args: Any) -> None:
 
 def tickets() -> int:
     """How many words of a workspace are tickets."""
-    return dispatch._MODULES[BACKEND].TICKET_BYTES // 4
+    module: Any = dispatch._MODULES[BACKEND]
+    return module.TICKET_BYTES // 4
 
 
 def planned(*args: Any) -> Tensor | None:

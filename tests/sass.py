@@ -338,7 +338,7 @@ class Compiler:
             self.take_from_the_library()
 
     def take_from_the_library(self) -> None:
-        """Takes what has been built, if the library is newer than all that it was built from: `make` has just done so."""
+        """Takes what has been built, if the library is newer than its sources: `make` has just done so."""
         library = ROOT / "fastwrs" / "_C.abi3.so"
         if any(self.cache.iterdir()) or not library.exists():
             return
@@ -346,7 +346,9 @@ class Compiler:
         if library.stat().st_mtime < max(path.stat().st_mtime for path in sources):
             return
         with tempfile.TemporaryDirectory(dir=self.cache) as folder:
-            subprocess.run([self.tools.cuobjdump, "-xelf", "all", library], cwd=folder, capture_output=True, check=False)
+            subprocess.run(
+                [self.tools.cuobjdump, "-xelf", "all", library], cwd=folder, capture_output=True, check=False
+            )
             for cubin in Path(folder).glob("*.cubin"):
                 usage = output(self.tools.cuobjdump, "-res-usage", cubin)
                 names = output(self.tools.filt, given="\n".join(re.findall(r"Function (\S+):", usage))).splitlines()

@@ -99,10 +99,11 @@ def every_kernel() -> list[Kernel]:
     return list(kernels.values())
 
 
-def usual_kernels() -> list[Kernel]:
-    """Of the rules with a gate those of two dtypes, for there are many: for CI."""
-    usual = ("float32", "float32", "float32"), ("bfloat16", "bfloat16", "float32")
-    return [kernel for kernel in every_kernel() if not kernel.gated or kernel.dtypes in usual]
+def usual_kernels(target: str) -> list[Kernel]:
+    """For CI: of the rules with a gate those of two triples of dtypes, on AMD's GPUs of the others three."""
+    gated = [("float32", "float32", "float32"), ("bfloat16", "bfloat16", "float32")]
+    others = [*gated, ("float64",) * 3] if target.startswith("gfx") else DTYPE_TRIPLES
+    return [kernel for kernel in every_kernel() if kernel.dtypes in (gated if kernel.gated else others)]
 
 
 class Accesses(NamedTuple):
