@@ -144,6 +144,22 @@ def ours(backend: str, axis: str | None) -> Side:
     return Side(f"fastwrs {backend} {name}", lambda work: _fastwrs(work, backend, rescale), axis, decays=(NORM,))
 
 
+def gated(backend: str) -> tuple[Side, ...]:
+    """Ours with a gate, beside which timm's stand."""
+
+    def make(kind: type[fastwrs.AdamP | fastwrs.SGDP], **options: float) -> Callable[[Work], Step]:
+        def step_of(work: Work) -> Step:
+            more: dict[str, Any] = {"lr": OPTIONS[work.rule]["lr"], "weight_decay": DECAY} | options
+            return kind(work.params, backend=backend, state_dtype=work.precision.states, **more).step
+
+        return step_of
+
+    return (
+        Side(f"fastwrs {backend} AdamP", make(fastwrs.AdamP), rules=("AdamW",), formula=False),
+        Side(f"fastwrs {backend} SGDP", make(fastwrs.SGDP, momentum=0.9), rules=("SGD",), formula=False),
+    )
+
+
 def _torch(work: Work, **options: bool) -> Step:
     kind = getattr(torch.optim, work.rule)
     return kind(work.params, weight_decay=DECAY, **OPTIONS[work.rule], **options).step
@@ -246,7 +262,8 @@ def sides(group: str, backends: list[str], convolutions: bool) -> list[Side]:
         return [FUSED, *wrs, COMPILED]
     if group == "others":
         installed = [package for package in _OTHERS if importlib.util.find_spec(package)]
-        return [FUSED, *wrs, *(side for package in installed for side in _OTHERS[package])]
+        ours_too = [side for backend in backends for side in gated(backend)]
+        return [FUSED, *wrs, *ours_too, *(side for package in installed for side in _OTHERS[package])]
     more = [ours(backend, axis) for backend in backends for axis in (["in"] if convolutions else []) + [None]]
     return [FUSED, *wrs, *more, FOREACH, *LOOPS]
 

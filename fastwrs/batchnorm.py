@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from fastwrs.batchnorm_pairs import LAYERS, Pair, channels_of, find, named
+from fastwrs.batchnorm_pairs import LAYERS, InputShape, Pair, channels_of, find, named
 from fastwrs.measuring import Measured, Scope, group_count
 from fastwrs.optim.base import FusedOptimizer
 from fastwrs.options import axis_mask, common_axis
@@ -37,9 +40,12 @@ class BatchNormFollower:
         for pair in found:
             self._pairs.setdefault(pair.layer.weight, []).append(pair)
             self.pairs[pair.layer_name] = (*self.pairs.get(pair.layer_name, ()), pair.norm_name)
+        self._biases = {pair.layer.bias: pair for pair in found if pair.layer.bias is not None}
         self._seen: list[Any] = []
         self._scope = Scope.NOTHING
         self._check()
+        _claim(found, self)
+        self._shapes = [(pair, InputShape(pair.norm)) for pair in found if isinstance(pair.layer, nn.Linear)]
         groups = optimizer.param_groups
         self.unpaired = tuple(
             name
@@ -53,14 +59,18 @@ class BatchNormFollower:
 
     def before_step(self) -> Scope:
         """Called by the optimizer: refuses options that leave no common factor per channel."""
+        for pair, shape in self._shapes:
+            if shape.ndim not in (None, 2):
+                raise ValueError(
+                    f"follow_batchnorm: {pair.norm_name!r} was called on {shape.ndim} dimensions, where its channels "
+                    f"are not those of the Linear layer {pair.layer_name!r}: name the pairs without this one"
+                )
         # An option is frozen: the same object is the same option.
-        options = [(group["rescale"], group["shrink"], len(group["params"])) for group in self._optimizer.param_groups]
-        if len(options) != len(self._seen) or any(
-            new[0] is not old[0] or new[1] is not old[1] or new[2] != old[2]
-            for new, old in zip(options, self._seen, strict=True)
-        ):
+        groups = self._optimizer.param_groups
+        seen = [[id(group["rescale"]), id(group["shrink"]), *map(id, group["params"])] for group in groups]
+        if seen != self._seen:
             self._check()
-            self._seen = options
+            self._seen = seen
         return self._scope
 
     def after_step(self, measured: list[Measured], loss: Any) -> None:  # noqa: ARG002 (the Watcher's)
@@ -76,6 +86,11 @@ class BatchNormFollower:
     def remove(self) -> None:
         """The statistics follow no longer."""
         self._optimizer.unwatch(self)
+        for pairs in self._pairs.values():
+            for pair in pairs:
+                _followers.pop(pair.norm, None)
+        for _, shape in self._shapes:
+            shape.handle.remove()
 
     def __enter__(self) -> BatchNormFollower:
         return self
@@ -92,6 +107,12 @@ class BatchNormFollower:
         for group in self._optimizer.param_groups:
             axis = _axis(group)
             for param in group["params"] if axis is not None else ():
+                if (of := self._biases.get(param)) is not None:
+                    raise ValueError(
+                        f"follow_batchnorm: parameter '{of.layer_name}.bias' is rescaled or shrunk too, and "
+                        f"{of.norm_name!r} can follow the weight alone. fastwrs.param_groups(model) leaves biases as "
+                        "they are"
+                    )
                 for pair in self._pairs.get(param, ()):
                     _check_axis(pair, axis)
                     self._scope = Scope.PROJECTED
@@ -158,10 +179,14 @@ def _axis(group: Mapping[str, Any]) -> Any:
 def _check_axis(pair: Pair, axis: Any) -> None:
     """Refuses norm groups that are not whole output channels, or all of them together."""
     weight, channels = pair.layer.weight, channels_of(pair.layer)
-    kept = [size for dim, size in enumerate(weight.shape) if not axis_mask(axis, weight.ndim) >> dim & 1]
-    groups = group_count(weight.shape, axis_mask(axis, weight.ndim))
+    mask = axis_mask(axis, weight.ndim)
+    kept_dims = [dim for dim in range(weight.ndim) if not mask >> dim & 1]
+    kept = [weight.shape[dim] for dim in kept_dims]
+    groups = group_count(weight.shape, mask)
     transposed = isinstance(pair.layer, nn.modules.conv._ConvTransposeNd)
-    by_channel = groups == channels and not axis_mask(axis, weight.ndim) >> int(transposed) & 1
+    by_channel = groups == channels and int(transposed) in kept_dims
+    if transposed and pair.layer.groups > 1:  # weights are [in, out / groups, ...]
+        by_channel = by_channel and 0 in kept_dims and pair.layer.groups == weight.shape[0]
     if groups != 1 and not by_channel:
         raise ValueError(
             f"follow_batchnorm: parameter '{pair.layer_name}.weight' (shape {tuple(weight.shape)}) has axis {axis!r}, "
@@ -169,6 +194,21 @@ def _check_axis(pair: Pair, axis: Any) -> None:
             "channels: there is no common factor per channel. Allowed: one norm group per output channel ('out'; 'in' "
             "where the kernel has one position), or 'tensor'"
         )
+
+
+_followers: WeakKeyDictionary[nn.Module, weakref.ref[BatchNormFollower]] = WeakKeyDictionary()
+"""Who follows which BatchNorm: two would apply every factor twice."""
+
+
+def _claim(pairs: list[Pair], follower: BatchNormFollower) -> None:
+    for pair in pairs:
+        other = _followers.get(pair.norm)
+        if other is not None and other() is not None:
+            raise ValueError(
+                f"follow_batchnorm: {pair.norm_name!r} is followed already; remove() that follower before another comes"
+            )
+    for pair in pairs:
+        _followers[pair.norm] = weakref.ref(follower)
 
 
 @torch.no_grad()
@@ -196,3 +236,11 @@ def _follow(pairs: list[tuple[Pair, Tensor]]) -> None:
     squares = foreach._foreach_mul(scales, scales)
     foreach._foreach_mul_(variances, squares)
     foreach._foreach_add_(variances, foreach._foreach_mul(foreach._foreach_sub(squares, 1), eps))
+    # A variance far below eps is lost in the rounding of the difference; the root must not become that of 0.
+    foreach._foreach_clamp_min_(variances, [_above(-e, v.dtype) for e, v in zip(eps, variances, strict=True)])
+
+
+@functools.cache
+def _above(x: float, dtype: torch.dtype) -> float:
+    """The next number towards 0."""
+    return float(torch.nextafter(torch.tensor(x, dtype=dtype), torch.zeros((), dtype=dtype)))

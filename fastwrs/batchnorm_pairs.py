@@ -37,6 +37,19 @@ class Pair:
         return None
 
 
+class InputShape:
+    """Sees on how many dimensions a BatchNorm is called: those of a Linear layer's output are known to nobody else."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.ndim: int | None = None
+        self.handle = norm.register_forward_pre_hook(self)
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """The hook. What is not 2 stays."""
+        if inputs and self.ndim in (None, 2):
+            self.ndim = inputs[0].ndim
+
+
 def channels_of(layer: Any) -> int:
     """The number of output channels."""
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
@@ -66,8 +79,8 @@ def find(model: nn.Module, wanted: Container[Any]) -> list[Pair]:
             continue  # its statistics are of several layers, or of none that is known
         assert isinstance(norm, _BatchNorm)
         pair = Pair(layer, modules[layer], names[norm], norm)
-        if pair.layer.weight in wanted and norm.running_mean is not None:
-            pairs.append(_checked(pair))
+        if pair.layer.weight in wanted and pair.why_not() is None:
+            pairs.append(pair)
     return pairs
 
 

@@ -93,6 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
     library.load()
     if given.device == "cuda" and (why := on_gpu.why_not(given.backend)) is not None:
         sys.exit(f"cannot run: {why}")
+    if given.device == "cpu" and given.backend == "triton":
+        import interpreted
+        from triton.runtime import interpreter
+
+        interpreted.mend(interpreter)
     on_gpu.BACKEND = given.backend
     until, cases, passed = time.monotonic() + given.seconds, reduced(LARGEST[given.tool]), 0
     with one_thread():

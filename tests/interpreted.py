@@ -99,7 +99,7 @@ def load() -> None:
         return
     interpreter._fastwrs_watches = True  # type: ignore[attr-defined]
     _watch_memory(interpreter)
-    _mend(interpreter)
+    mend(interpreter)
     plain_run = launch.run
 
     def run(kernel: Any, programs: int, table: Tensor, *rest: Any) -> None:
@@ -140,7 +140,8 @@ def _watch_memory(interpreter: Any) -> None:
     builder.create_atomic_rmw, handle.set_attr = atomic, set_attr
 
 
-def _mend(interpreter: Any) -> None:
+def mend(interpreter: Any) -> None:
+    """Exchanges what the interpreter does in other ways than a GPU."""
     import triton.language as tl
 
     plain_convert, plain_patch = interpreter._convert_float, interpreter._patch_lang

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -318,7 +319,6 @@ def nothing(model: nn.Sequential) -> None:
         ([("0", "1"), ("0", "1")], nothing, ValueError, "'1' cannot follow several layers"),
         ({"0": "1"}, without_statistics, ValueError, "it has no running statistics"),
         ({"0": "1"}, of_other_width, ValueError, "it has 5 channels, the layer has 4"),
-        (None, of_other_width, ValueError, "it has 5 channels, the layer has 4"),
         ({"0": 1}, nothing, TypeError, "pairs must be names of modules"),
         (7, nothing, TypeError, "pairs must be names of modules"),
     ],
@@ -346,3 +346,101 @@ def test_wrong_models_and_optimizers_are_refused() -> None:
     elsewhere = fastwrs.SGD(small().parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"parameter '0.weight' is not in the optimizer"):
         fastwrs.follow_batchnorm(model, elsewhere, {"0": "1"})
+
+
+class Both(nn.Module):
+    """A pair that can be followed, and one whose widths show that channels and features are not the same."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)
+        self.linear, self.of_length = nn.Linear(9, 5), nn.BatchNorm1d(length)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of_length(self.linear(self.bn(self.conv(x))))
+
+
+def test_a_pair_that_does_not_fit_is_listed() -> None:
+    model = Both(length=4)
+    optimizer = fastwrs.SGD(fastwrs.param_groups(model, rescale=OUT), lr=0.1)
+    follower = fastwrs.follow_batchnorm(model, optimizer)
+    assert follower.pairs == {"conv": ("bn",)}
+    assert follower.unpaired == ("linear",)
+
+
+def test_channels_that_are_no_features_are_refused_before_anything_is_changed() -> None:
+    """[batch, length, features], where the length happens to be the number of features."""
+    model = nn.Sequential(nn.Linear(9, 5), nn.BatchNorm1d(5))
+    optimizer = fastwrs.SGD(fastwrs.param_groups(model, rescale=OUT, head="rescale"), lr=0.1)
+    with fastwrs.follow_batchnorm(model, optimizer) as follower:
+        assert follower.pairs == {"0": ("1",)}
+        zero_gradients(model)
+        model(torch.randn(8, 9))
+        optimizer.step()
+        model(torch.randn(8, 5, 9))
+        before = [param.detach().clone() for param in model.parameters()] + statistics(model)
+        with pytest.raises(ValueError, match="'1' was called on 3 dimensions"):
+            optimizer.step()
+        after = [param.detach() for param in model.parameters()] + statistics(model)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    model(torch.randn(8, 5, 9))
+    optimizer.step()
+    assert not model[1]._forward_pre_hooks
+    copy.deepcopy(model)
+
+
+def test_parameters_that_change_places_are_looked_at_again() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    groups = [
+        {"params": [model[0].weight], "rescale": OUT},
+        {"params": [model[3].weight], "rescale": fastwrs.Rescale(axis="in")},
+    ]
+    optimizer = fastwrs.SGD(groups, lr=0.1)
+    fastwrs.follow_batchnorm(model, optimizer)
+    zero_gradients(model)
+    optimizer.step()
+    first, second = optimizer.param_groups
+    first["params"], second["params"] = second["params"], first["params"]
+    before = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match="has axis 'in'"):
+        optimizer.step()
+    assert torch.equal(before, model[0].weight.detach())
+
+
+def test_two_followers_of_one_batchnorm_are_refused() -> None:
+    model = small()
+    optimizer = fastwrs.SGD(fastwrs.param_groups(model, rescale=OUT), lr=0.1)
+    with fastwrs.follow_batchnorm(model, optimizer), pytest.raises(ValueError, match="is followed already"):
+        fastwrs.follow_batchnorm(model, optimizer)
+    fastwrs.follow_batchnorm(model, optimizer)
+    del optimizer
+    gc.collect()  # nobody follows any more
+    fastwrs.follow_batchnorm(model, fastwrs.SGD(fastwrs.param_groups(model, rescale=OUT), lr=0.1))
+
+
+def test_a_bias_that_is_projected_too_is_refused() -> None:
+    model = small()
+    optimizer = fastwrs.SGD(model.parameters(), lr=0.1, rescale=fastwrs.Rescale(axis="tensor"))
+    with pytest.raises(ValueError, match=r"'0.bias' is rescaled or shrunk too"):
+        fastwrs.follow_batchnorm(model, optimizer)
+
+
+def test_groups_of_a_transposed_convolution_that_are_no_channels_are_refused() -> None:
+    """As many norm groups as channels, by accident: two positions of the kernel, and two groups."""
+    model = nn.Sequential(nn.ConvTranspose2d(4, 8, (2, 3), groups=2), nn.BatchNorm2d(8))
+    groups = [{"params": [model[0].weight], "rescale": fastwrs.Rescale(axis=(0, 3))}]
+    with pytest.raises(ValueError, match="no common factor per channel"):
+        fastwrs.follow_batchnorm(model, fastwrs.SGD(groups, lr=0.1))
+
+
+def test_a_channel_without_variance_stays_finite() -> None:
+    """Its factor is so small that nothing is left of variance and eps."""
+    model = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False), nn.BatchNorm2d(2))
+    with torch.no_grad():
+        model[0].weight.mul_(2e4)
+        model[1].running_var.zero_()
+    optimizer = fastwrs.SGD([{"params": [model[0].weight], "rescale": OUT}], lr=0.1)
+    fastwrs.follow_batchnorm(model, optimizer)
+    zero_gradients(model)
+    optimizer.step()
+    assert evaluated(model, torch.zeros(1, 3, 2, 2)).isfinite().all()

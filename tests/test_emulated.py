@@ -56,6 +56,8 @@ def test_step_on_other_gpus(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for case in cases[::3]:
         emulated.check(case)
     assert len(cases) > 60
+    rows_of_one = (TensorCase((1022, 1)), TensorCase((70001, 1), "in"))
+    emulated.check(Case("gate", "adamp.open", rows_of_one, DTYPES[1], (tuple(PROJECTIONS["rescale"].items()),)))
 
 
 def max_row(case: Case) -> int:

@@ -515,3 +515,22 @@ def test_steps_that_were_one_tensor_become_one_each() -> None:
     steps(optimizer, params, range(1, 2))
     assert [state["step"].item() for state in optimizer.state.values()] == [5.0] * 3
     assert shared.item() == 4.0
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ((torch.optim.SGD, {"momentum": 0.9, "nesterov": True}), (fastwrs.SGDP, {})),
+        ((fastwrs.SGD, {"momentum": 0.9}), (fastwrs.SGDP, {})),
+        ((torch.optim.RAdam, {}), (fastwrs.Adam, {})),
+        ((torch.optim.NAdam, {}), (fastwrs.AdamP, {})),
+    ],
+    ids=lambda pair: pair[0].__name__,
+)
+def test_what_a_scheduler_or_a_user_adds_hides_no_other_optimizer(theirs: Any, ours: Any) -> None:
+    (kind, options), (mine, more) = theirs, ours
+    optimizer = kind([{"params": parameters(), "called": "all"}], lr=0.1, **options)
+    torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    assert "initial_lr" in optimizer.param_groups[0]
+    with pytest.raises(ValueError, match=f"has the options of {kind.__name__}"):
+        mine(parameters(), lr=0.1, **more).load_state_dict(optimizer.state_dict())

@@ -136,6 +136,10 @@ class Cutter {
     TensorCut cut;
     cut.geometry = geometry_of(view, gated);
     Geometry& g = cut.geometry;
+    if (gated && g.rows == 1) {  // rows of one element: units, of which a tile takes no more than it has room for
+      g.units *= g.cols;
+      g.cols = 1;
+    }
     const int64_t numel = g.numel(), unit = g.unit_size(), most = kTileBytes / int64_t(sizeof(C));
     cut.tile = most;
     if (numel == 0) return cut;

@@ -75,7 +75,10 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         watchers = self._watchers
-        launches = self._take_step(max((watcher.before_step() for watcher in watchers), default=Scope.NOTHING))
+        scope = Scope.NOTHING
+        for watcher in watchers:
+            scope = max(scope, watcher.before_step())
+        launches = self._take_step(scope)
         if watchers:
             measured = [
                 Measured(call.params, counts_of(call.params, call.axes), call.measured)

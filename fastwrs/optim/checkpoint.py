@@ -145,8 +145,9 @@ def _check_kind(optimizer: FusedOptimizer, saved: Mapping[str, Any], g: int) -> 
             f"param group {g} of the state dict has none of {', '.join(own)}: it is not that of "
             f"{type(optimizer).__name__}. It has {', '.join(sorted(map(str, saved)))}"
         )
-    there, ours = set(saved) - {"params", "param_names", *dict(_OPTIONS)}, set(optimizer.defaults) - set(dict(_OPTIONS))
-    for name, keys in (_keys_of_torch() | _AUTHORS).items():
+    ours, others = set(optimizer.defaults) - set(dict(_OPTIONS)), _keys_of_torch() | _AUTHORS
+    there = set(saved) & ours.union(*others.values())  # without what schedulers and users add
+    for name, keys in sorted(others.items(), key=lambda other: other[1] != there):  # the very one first
         another = keys != ours and name.lower() != optimizer.rule.name
         if another and (there == keys or (keys <= there and not keys <= ours)):
             raise ValueError(
