@@ -507,10 +507,13 @@ def _add_gated(add: Callable[..., None], tensor: Callable[..., TensorCase]) -> N
         option = option or some_gated.deal()
         add(theme, option, tensors, project, **({"dtypes": some_dtypes.deal()} | more))
 
-    for k, option in enumerate(GATED):
-        for dtypes in DTYPES[k % 2 :: 2]:
-            shapes = [tensor((8, 16, 3, 3)), tensor((13, 29)), tensor()]
+    for option in GATED:
+        for k, dtypes in enumerate(DTYPES):
+            shapes = [tensor(((8, 16, 3, 3), (13, 29))[k % 2]), tensor()]
             gated("gate", shapes, option, dtypes=dtypes, measured=some_measured.deal())
+    for option in ("adamp.some", "sgdp.some"):  # gates of every kind in fp64 too
+        for k in range(2):
+            gated("gate", [tensor((9, 8 * k + 30)), tensor((7, 40, k + 1)), tensor((12, 50))], option, dtypes=DTYPES[1])
     for k, shape in enumerate(SHAPES_CONV + SHAPES_CONV3D + SHAPES_EDGE + SHAPES_SMALL + SHAPES_1D + SHAPES_3D):
         gated("gate", [tensor(shape)], measured=k % 2 == 0)
     for shape in SHAPES_LARGE:
