@@ -213,7 +213,9 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compiler, torch, ninja = find_compiler(), find_torch(), self.find_ninja()
         assert compiler and torch and ninja  # why_not() has checked
-        folder = Path(self.build_temp).resolve()
+        # Objects of an editable installation are kept: `make` installs twice, and compiles once.
+        kept = Path(__file__).resolve().parent / "build" / "editable"
+        folder = kept if self.editable_mode else Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
