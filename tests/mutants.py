@@ -91,7 +91,7 @@ MUTANTS = (
     _adamp("no nesterov in adamp", "s.nesterov != 0 ? s.beta1 * state[0] + s.one_minus_beta1 * g :", ""),
     _sgdp("a buffer that is always projected", "s.project_momentum != 0 ? step : state[0]", "step"),
     # the gate
-    _gate("a gate that forgets the length of rows", "quotient(delta, square_root(T(length)))", "delta"),
+    _gate("a gate that forgets the length of rows", "quotient(delta, root)", "delta"),
     _gate("the cosine has a sign", "cosine < 0 ? -cosine : cosine", "cosine"),
     _gate(
         "along weights that are not of length 1",
@@ -104,7 +104,7 @@ MUTANTS = (
         "lanes[kGradWeight * length + j] += g * w;",
         "lanes[kGradWeight * length + j] += u * w;",
     ),
-    Mutant("no rows for the gate", "csrc/cpu/engine.cpp", "- 1) & ~int64_t(1);", "- 1);"),
+    Mutant("no rows for the gate", "csrc/norms/geometry.cpp", "- 1) & ~int64_t(1);", "- 1);"),
     _leaves(
         "the second pass leaves the gradient scaled",
         "g = g / grad_scale;\n          grad[i] = narrow(g, G());",
