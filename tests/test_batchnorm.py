@@ -401,10 +401,10 @@ def test_parameters_that_change_places_are_looked_at_again() -> None:
     optimizer.step()
     first, second = optimizer.param_groups
     first["params"], second["params"] = second["params"], first["params"]
-    before = model[0].weight.detach().clone()
+    before = [param.detach().clone() for param in model.parameters()]
     with pytest.raises(ValueError, match="has axis 'in'"):
         optimizer.step()
-    assert torch.equal(before, model[0].weight.detach())
+    assert all(map(torch.equal, before, model.parameters()))
 
 
 def test_two_followers_of_one_batchnorm_are_refused() -> None:
@@ -436,10 +436,11 @@ def test_groups_of_a_transposed_convolution_that_are_no_channels_are_refused() -
 def test_a_channel_without_variance_stays_finite() -> None:
     """Its factor is so small that nothing is left of variance and eps."""
     model = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False), nn.BatchNorm2d(2))
+    (weight, *_), (_, variance, *_) = model.parameters(), model.buffers()
     with torch.no_grad():
-        model[0].weight.mul_(2e4)
-        model[1].running_var.zero_()
-    optimizer = fastwrs.SGD([{"params": [model[0].weight], "rescale": OUT}], lr=0.1)
+        weight.mul_(2e4)
+        variance.zero_()
+    optimizer = fastwrs.SGD([{"params": [weight], "rescale": OUT}], lr=0.1)
     fastwrs.follow_batchnorm(model, optimizer)
     zero_gradients(model)
     optimizer.step()

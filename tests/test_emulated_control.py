@@ -68,7 +68,7 @@ MUTANTS = (
     Mutant("no tail", TILES, "const uint32_t covered = per_run * kVector,", "const uint32_t covered = tile.width,"),
     Mutant("a moment is not started", KERNELS, "moment.t == C(1) || (entry_.flags & kFresh)", "false"),
     Mutant("a late moment is not started", KERNELS, " || (entry_.flags & kFresh)", ""),
-    Mutant("the sum of the neighbour", TILES, "[unit * tile.unit_size", f"[{NEIGHBOUR} * tile.unit_size"),
+    Mutant("the sum of the neighbour", TILES, "term(k, unit * tile", f"term(k, {NEIGHBOUR} * tile"),
     Mutant("the factor of the neighbour", TILES, "factors + unit * cols", f"factors + {NEIGHBOUR} * cols"),
     Mutant("a step advanced too early", TILES, "== block_count() - 1", "== 0"),
     Mutant("a ticket is kept", TILES, "store(header.ticket, 0u)", "store(header.ticket, 1u)"),

@@ -221,7 +221,8 @@ FASTWRS_MACHINERY uint32_t take_ticket(uint32_t* counter) {
   // reads what a slower one has still to write.
   Emulator& e = emulator();
   for (uint32_t i = 0; i < e.count; ++i) {
-    if (e.threads[i].at_work) refuse("a ticket is taken while thread " + std::to_string(i) + " may still read or write");
+    if (e.threads[i].at_work)
+      refuse("a ticket is taken while thread " + std::to_string(i) + " may still read or write");
   }
   about_to_read(counter, sizeof *counter);
   return (*counter)++;
