@@ -268,8 +268,8 @@ void triton_table(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
       }
       const triton::Sizes sizes{given[0], given[1], given[2], given[3], given[4]};
       const Words words = words_in(table, "table");
-      needs = triton::fill_table(job, cpu::rule_is_gated(job.rule), records, kCommon - 1 + own, sizes, walk, words.data,
-                                 words.count);
+      needs =
+          triton::fill_table(job, has_gate(job.rule), records, kCommon - 1 + own, sizes, walk, words.data, words.count);
     }
   }
   stack[0] = from(needs.words);

@@ -99,11 +99,7 @@ MUTANTS = (
         "quotient(sums[kStepWeight], norm)",
     ),
     _worker("the last row alone decides", "largest = maximum(largest, gate_cosine(", "largest = (gate_cosine("),
-    _leaves(
-        "a gate on another product",
-        "lanes[kGradWeight * length + j] += g * w;",
-        "lanes[kGradWeight * length + j] += u * w;",
-    ),
+    _leaves("a gate on another product", "gate_term(k, u, g, w)", "gate_term(k, u, g + w, w)"),
     Mutant("no rows for the gate", "csrc/norms/geometry.cpp", "- 1) & ~int64_t(1);", "- 1);"),
     _leaves(
         "the second pass leaves the gradient scaled",

@@ -322,10 +322,9 @@ void with_type(Dtype dtype, const Body& body) {
 struct RuleFacts {
   const char* name;
   int min_slots, max_slots, hypers;
-  bool gated;
 };
 #define FASTWRS_RULE(Rule) \
-  {Rule::kName, Rule::kMinSlots, Rule::kMaxSlots, int(sizeof(Rule::kHypers) / sizeof(Rule::kHypers[0])), Rule::kGated},
+  {Rule::kName, Rule::kMinSlots, Rule::kMaxSlots, int(sizeof(Rule::kHypers) / sizeof(Rule::kHypers[0]))},
 constexpr RuleFacts kRules[] = {FASTWRS_RULES(FASTWRS_RULE)};
 #undef FASTWRS_RULE
 
@@ -345,8 +344,6 @@ bool rule_takes_slots(int rule, int64_t slots) {
 }
 
 int64_t rule_hypers(int rule) { return kRules[rule].hypers; }
-
-bool rule_is_gated(int rule) { return kRules[rule].gated; }
 
 void step(const StepJob& job, const Threads& threads) {
   with_type(job.dtypes.param, [&](auto type) { step_typed<decltype(type)>(job, threads); });

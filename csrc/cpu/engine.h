@@ -20,8 +20,6 @@ int rule_index(const char* name);
 bool rule_takes_slots(int rule, int64_t slots);
 // Number of the rule's own hyperparameters.
 int64_t rule_hypers(int rule);
-// Whether the rule has a gate, and hence takes a step in two passes.
-bool rule_is_gated(int rule);
 
 void step(const StepJob& job, const Threads& threads);
 // Scales every norm group of every tensor to `target`.

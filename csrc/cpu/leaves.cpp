@@ -350,10 +350,7 @@ inline void advance_run(const AdvanceArgs& a, int64_t begin, int64_t n, compute_
       }
       const C w = C(widen(param[i])), u = Rule::direction(g, state, s);
       if (kSum) {
-        lanes[kStepWeight * length + j] += u * w;
-        lanes[kGradWeight * length + j] += g * w;
-        lanes[kGradGrad * length + j] += g * g;
-        lanes[kWeightWeight * length + j] += w * w;
+        for (int k = 0; k < kGateSums; ++k) lanes[k * length + j] += gate_term(k, u, g, w);
       } else {
         weights[i] = w;
         slope[i] = g;

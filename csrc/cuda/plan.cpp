@@ -53,16 +53,6 @@ uint32_t tile_shared(int64_t groups, int64_t elements, const Need& need, bool he
   return sums_bytes<C>(uint32_t(groups), need.kinds(), threads) + lists * values_bytes<C>(uint32_t(elements));
 }
 
-bool runs_gate(int rule) {
-  bool gated = false;
-  int index = 0;
-#define FASTWRS_RULE(Rule) \
-  if (rule == index++) gated = Rule::kGated;
-  FASTWRS_RULES(FASTWRS_RULE)
-#undef FASTWRS_RULE
-  return gated;
-}
-
 template <class C>
 class Cutter {
  public:
@@ -251,7 +241,7 @@ class Builder {
         key_(key),
         wide_(wide),
         arrays_(key.phase == Phase::kStep || key.phase == Phase::kGate ? 2 + job.slots : 1),
-        asks_gates_(key.phase == Phase::kStep && runs_gate(job.rule)) {
+        asks_gates_(key.phase == Phase::kStep && has_gate(job.rule)) {
     header_.tile_elements = tile_elements;
     header_.sum_kinds = job.measured ? kSums : 2;
   }
@@ -398,7 +388,7 @@ int64_t plan_launches(const StepJob& job, const Limits& limits, std::vector<std:
   // First passes of a rule with a gate: what they leave in the workspace stays there until all is done.
   std::vector<int64_t> gates(job.tensors.size(), -1);
   int64_t gate_sums = 0;
-  if (runs_gate(job.rule)) {
+  if (has_gate(job.rule)) {
     Builder<C> first[2][2] = {{builder(Phase::kGate, false, false), builder(Phase::kGate, false, true)},
                               {builder(Phase::kGate, true, false), builder(Phase::kGate, true, true)}};
     for (size_t i = 0; i < job.tensors.size(); ++i) {
