@@ -49,8 +49,9 @@ def generalized_gaussian_fit(weights: Tensor) -> GeneralizedGaussian:
     The mean negative log likelihood of ``scipy.stats.gennorm``, in which the best scale is known for every shape and
     location, ``scale ** beta = beta * mean(|x - loc| ** beta)``, is minimised over ``log(beta)`` and ``loc`` (Nelder
     and Mead). It starts at the median and at the shape that has the data's ratio of mean absolute deviation to
-    standard deviation. beta is looked for between 0.01 and 1000; 1000 means uniform weights, as torch's layers start
-    with.
+    standard deviation. For beta < 1 there is a maximum at each of the middle weights: one of them is found, and they
+    differ by less than the data can tell. beta is looked for between 0.01 and 1000; 1000 means uniform weights, as
+    torch's layers start with.
 
     Weights that are exactly equal, as pruned or quantised ones are, are no sample of any density: with beta towards 0
     the likelihood grows without end around them. A few of them pull beta down, many are refused.

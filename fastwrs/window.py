@@ -54,7 +54,7 @@ class WeightDecayWindow:
     stop: int | None
     steps: int
     """How many steps are over: the next one is t = steps + 1."""
-    _hook: Any = None
+    _hooks: tuple[Any, ...] = ()
 
     def __init__(self, optimizer: Optimizer, start: int = 0, stop: int | None = None) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -80,10 +80,11 @@ class WeightDecayWindow:
 
     def remove(self) -> None:
         """Gives every param group its own weight decay back, and leaves the optimizer alone."""
-        if self._hook is None:
+        if not self._hooks:
             return
-        self._hook.remove()
-        self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = ()
         _taken.discard(self.optimizer)
         for group in self.optimizer.param_groups:
             group[_KEY] = group.pop(_OWN, group[_KEY])
@@ -107,29 +108,41 @@ class WeightDecayWindow:
         self._apply()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hook": self._hook is not None}
+        return {**self.__dict__, "_hooks": len(self._hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _hook=None)
-        if state["_hook"]:
+        self.__dict__.update(state, _hooks=())
+        if state["_hooks"]:
             self._attach()
 
     def __repr__(self) -> str:
         return f"WeightDecayWindow(start={self.start}, stop={self.stop}, steps={self.steps})"
 
     def _attach(self) -> None:
-        # Also before each step: a group may have come since the last one, or a state dict been loaded.
-        self._hook = self.optimizer.register_step_pre_hook(lambda *_: self._apply())
+        # Before each step, since a group may have come after the last one, or a state dict been loaded.
+        self._hooks = (
+            self.optimizer.register_step_pre_hook(lambda *_: self._apply()),
+            self.optimizer.register_load_state_dict_pre_hook(_with_own_values),
+        )
         _taken.add(self.optimizer)
 
     def _apply(self) -> None:
-        if self._hook is None:
+        if not self._hooks:
             return  # removed
         is_open = self.open
         for group in self.optimizer.param_groups:
             if _OWN not in group:
                 group[_OWN] = group.get(_KEY, self.optimizer.defaults.get(_KEY))
             group[_KEY] = group[_OWN] if is_open else 0.0
+
+
+def _with_own_values(_optimizer: Optimizer, state_dict: Any) -> Any:
+    """An optimizer's state dict; what it has of a run without a window are own values."""
+    groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        return state_dict  # the optimizer will say what is wrong
+    own = [{_OWN: group[_KEY], **group} if _KEY in group else group for group in groups]
+    return {**state_dict, "param_groups": own}
 
 
 def _checked_window(start: Any, stop: Any) -> tuple[int, int | None]:
