@@ -346,6 +346,27 @@ void channel_norms(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
   cpu::norms(views, dtype, to_write, torch_threads());
 }
 
+// Of every tensor's rows in a buffer of what was measured, and every figure: minimum, mean, maximum and the root of the
+// sum of squares.
+void reduce_measured(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
+  if (inputs != 3) fail("fastwrs::reduce_measured takes 3 arguments, got ", inputs);
+  const Handle measured(to<AtenTensorHandle>(stack[0]));
+  const auto counts = to<std::vector<int64_t>>(stack[1]);
+  const Handle out(to<AtenTensorHandle>(stack[2]));
+  int64_t rows = 0;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    if (counts[i] < 1) fail("counts[", i, "] must be > 0, got ", counts[i]);
+    rows += counts[i];
+  }
+  const auto* row = static_cast<const float*>(buffer(measured, "measured", Dtype::kFloat32, rows * kMeasured));
+  const int64_t tensors = int64_t(counts.size());
+  auto* found = static_cast<float*>(buffer(out, "out", Dtype::kFloat32, tensors * cpu::kStatistics * kMeasured));
+  for (int64_t i = 0; i < tensors; ++i) {
+    cpu::leaves().reduce_measured(row, counts[i], found + i * cpu::kStatistics * kMeasured);
+    row += counts[i] * kMeasured;
+  }
+}
+
 // One line per rule: name, hyperparameters and slots; first the common record. Compared with fastwrs/spec.py by a test.
 void rules(StableIValue* stack, uint64_t, uint64_t) {
   std::string text = "common:";
@@ -391,6 +412,7 @@ STABLE_TORCH_LIBRARY(fastwrs, m) {
   m.def("triton_layout() -> str");
   m.def("rescale_(Tensor(a!)[] tensors, int[] axes, float target) -> ()");
   m.def("channel_norms(Tensor[] tensors, int[] axes, Tensor(a!) out) -> ()");
+  m.def("reduce_measured(Tensor measured, int[] counts, Tensor(a!) out) -> ()");
   m.def("rules() -> str");
   m.def("cpu_isa() -> str");
 }
@@ -402,6 +424,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastwrs, CPU, m) {
 #else
   m.impl("step", &fastwrs::step_on_cpu);
 #endif
+  m.impl("reduce_measured", &fastwrs::reduce_measured);
   m.impl("rescale_", &fastwrs::rescale);
   m.impl("channel_norms", &fastwrs::channel_norms);
 }

@@ -80,8 +80,8 @@ class BatchNormFollower:
             factors = rescaling * shrinking  # one of the two is 1
             # NaN: a skipped step. 0: the channel is gone, and no statistics would keep what it was.
             factors = torch.where(factors.isfinite() & (factors > 0), factors, 1)
-            rows = factors.split(launch.counts)
-            _follow([(pair, s) for p, s in zip(launch.params, rows, strict=True) for pair in self._pairs.get(p, ())])
+            of_params = zip(launch.rows.params, factors.split(launch.rows.counts), strict=True)
+            _follow([(pair, s) for param, s in of_params for pair in self._pairs.get(param, ())])
 
     def remove(self) -> None:
         """The statistics follow no longer."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from fastwrs.options import masked_dims
 from fastwrs.spec import MEASURED
+
+_shape_of = attrgetter("shape")
 
 TAKEN = MEASURED.index("rescale_factor")
 """A column that is NaN where the step was skipped, and never where it was taken."""
@@ -33,13 +35,20 @@ class Scope(IntEnum):
     """The others too, by ``options.measured_mask``."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What one launch has measured."""
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Whose rows a launch measures. The same object as long as nothing about it changes."""
 
     params: list[Tensor]
     counts: list[int]
     """How many rows each parameter has, one for every norm group in row-major order of the dimensions that are kept."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one launch has measured."""
+
+    rows: Rows
     values: Tensor
     """[sum(counts), 8] in fp32, the columns of ``spec.MEASURED``. A skipped step leaves NaN in all of them."""
 
@@ -63,12 +72,13 @@ def group_count(shape: tuple[int, ...], mask: int) -> int:
     return 0 if dims is None else math.prod(size for dim, size in enumerate(shape) if dim not in dims)
 
 
-def counts_of(params: Sequence[Tensor], axes: Sequence[int]) -> list[int]:
-    """The number of rows of each parameter."""
-    return [group_count(param.shape, mask) for param, mask in zip(params, axes, strict=True)]
+def rows_of(params: list[Tensor], axes: list[int], known: Rows | None) -> Rows:
+    """The rows that a launch measures; those that are ``known`` of the same parameters, if they still hold."""
+    counts = list(map(group_count, map(_shape_of, params), axes))
+    return known if known is not None and known.counts == counts else Rows(params, counts)
 
 
-def buffer_for(params: Sequence[Tensor], axes: Sequence[int], device: torch.device) -> Tensor | None:
+def buffer_for(rows: Rows, device: torch.device) -> Tensor | None:
     """The buffer that a launch fills, None if nothing in it has norm groups. NaN says that a figure was not taken."""
-    rows = sum(counts_of(params, axes))
-    return torch.full((rows, len(MEASURED)), math.nan, dtype=torch.float32, device=device) if rows else None
+    total = sum(rows.counts)
+    return torch.full((total, len(MEASURED)), math.nan, dtype=torch.float32, device=device) if total else None

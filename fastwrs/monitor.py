@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from fastwrs import monitor_export as export
-from fastwrs.measuring import TAKEN, Measured, Scope
+from fastwrs.measuring import TAKEN, Measured, Rows, Scope
 from fastwrs.monitor_export import NORMS, STATISTICS, Record, plain_number
 from fastwrs.monitor_store import Layout, Part, Reading, Store
 from fastwrs.optim.base import FusedOptimizer
@@ -90,6 +91,7 @@ class Monitor:
         """The steps of the optimizer since the monitor was made, skipped ones included."""
         self._given = _checked_names(names)
         self._names: dict[Tensor, str] = {}
+        self._layouts: WeakKeyDictionary[Rows, Layout] = WeakKeyDictionary()
         self._store = Store(_whole("channels", channels, 0), _whole("layers", layers, 0))
         self._loss: Any = None
         optimizer.watch(self)
@@ -109,7 +111,7 @@ class Monitor:
             return
         if given is None and _is_scalar(loss):
             given = _kept(loss)
-        self._store.add(Reading(self.steps, given, [Part(self._layout_of(m), m.values) for m in measured]))
+        self._store.add(Reading(self.steps, given, [Part(self._layout_of(m.rows), m.values) for m in measured]))
 
     def log_loss(self, loss: Tensor | float) -> None:
         """Notes the loss of the step that comes next, for :meth:`gradient_over_loss`. A tensor stays on its device.
@@ -159,15 +161,18 @@ class Monitor:
     def _is_due(self) -> bool:
         return (self.steps + 1) % self.every == 0
 
-    def _layout_of(self, measured: Measured) -> Layout:
-        kept = [(param, count) for param, count in zip(measured.params, measured.counts, strict=True) if count]
+    def _layout_of(self, rows: Rows) -> Layout:
+        if rows in self._layouts:
+            return self._layouts[rows]
+        kept = [(param, count) for param, count in zip(rows.params, rows.counts, strict=True) if count]
         if not all(param in self._names for param, _ in kept):
             self._names = dict(_names_of(self.optimizer, self._given))
-        return Layout(
+        layout = self._layouts[rows] = Layout(
             tuple(self._names[param] for param, _ in kept),
             tuple(count for _, count in kept),
             tuple(param.ndim for param, _ in kept),
         )
+        return layout
 
     # ------------------------------------------------------------------------------------------------------- read back
 

@@ -23,6 +23,11 @@ def _step(*args: object, **_kwargs: object) -> None:
     _check_devices(*args)
 
 
+@torch.library.register_fake("fastwrs::reduce_measured")
+def _reduce_measured(*args: object) -> None:
+    _check_devices(*args)
+
+
 @torch.library.register_fake("fastwrs::rescale_")
 def _rescale(*args: object) -> None:
     _check_devices(*args)

@@ -77,6 +77,8 @@ class Bundle:
     """What takes the place of ``axes`` in a step that measures every tensor; only masks of ``NO_GROUPS`` differ."""
     fresh: list[int] = field(default_factory=list)
     ndims: list[int] = field(default_factory=list)
+    rows: dict[int, Any] = field(default_factory=dict)
+    """By the scope of what is measured, whose rows these are: kept here, for they hold as long as a bundle."""
 
     def gather(self, unscaling: bool = False) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
         """The gradients, states (slot-major) and steps as they are now.

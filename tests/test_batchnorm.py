@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastwrs
-from fastwrs.measuring import Measured, Scope
+from fastwrs.measuring import Measured, Rows, Scope
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("backend")]
 
@@ -261,7 +261,7 @@ def test_following_reads_nothing_back() -> None:
     model.to("meta")
     assert follower.before_step() is Scope.PROJECTED
     followed = follower._pairs.keys()
-    follower.after_step([Measured(list(followed), [4], torch.empty(4, 8, device="meta"))], None)
+    follower.after_step([Measured(Rows(list(followed), [4]), torch.empty(4, 8, device="meta"))], None)
     assert model[1].running_mean.is_meta  # type: ignore[union-attr]
 
 

@@ -18,7 +18,7 @@ from tolerances import Inputs
 from torch import Tensor, nn
 
 import fastwrs
-from fastwrs.measuring import Measured, Scope
+from fastwrs.measuring import Measured, Rows, Scope
 from fastwrs.optim.records import read
 from fastwrs.options import reduced_dims
 from fastwrs.spec import MEASURED
@@ -346,7 +346,7 @@ def test_a_step_reads_nothing_back() -> None:
     for _ in range(2):
         assert monitor.before_step() is Scope.EVERYTHING
         monitor.log_loss(loss)
-        monitor.after_step([Measured([weight], [4], values)], None)
+        monitor.after_step([Measured(Rows([weight], [4]), values)], None)
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         monitor.channels()
 

@@ -10,6 +10,8 @@
 namespace fastwrs::cpu {
 inline namespace FASTWRS_ISA {
 
+constexpr int64_t kLanes = Accumulator<float>::kLanes;  // of any compute type
+
 template <class C>
 void start(Accumulator<C>& a) {
   a.position = a.turns = a.blocks = 0;
@@ -120,19 +122,18 @@ inline int64_t halve_lanes(C* sums, int64_t count, int64_t cols) {
   return count;
 }
 
-// The usual case by itself, since it is paid for every row: one column, from 64 lanes down to one without loops.
+// The usual case by itself, since it is paid for every row: the open block of one column, and so many closed ones, from
+// 64 lanes down to one without loops.
 template <class C>
-inline C finish_row(Accumulator<C>& a) {
+inline C add_row(const C* open, const C* levels, int64_t blocks) {
   using Wide = typename Sixteen<C>::type;
   static_assert(Accumulator<C>::kLanes == 64, "four times sixteen");
-  Wide* lanes = reinterpret_cast<Wide*>(a.levels);
+  const Wide *lanes = reinterpret_cast<const Wide*>(open), *level = reinterpret_cast<const Wide*>(levels);
   Wide sum[4] = {lanes[0], lanes[1], lanes[2], lanes[3]};
-  const Wide* level = lanes + 4;
-  for (int64_t bits = a.blocks; bits != 0; bits >>= 1, level += 4) {
+  for (int64_t bits = blocks; bits != 0; bits >>= 1, level += 4) {
     if (!(bits & 1)) continue;
     for (int k = 0; k < 4; ++k) sum[k] += level[k];
   }
-  for (int k = 0; k < 4; ++k) lanes[k] = Wide{};
   const Wide sixteen = (sum[0] + sum[2]) + (sum[1] + sum[3]);
   C t[16];
   std::memcpy(t, &sixteen, sizeof t);
@@ -146,7 +147,8 @@ template <class C>
 void finish(Accumulator<C>& a, C* sums) {
   using Wide = typename Sixteen<C>::type;
   if (a.cols == 1) {
-    sums[0] = finish_row(a);
+    sums[0] = add_row(a.levels, a.levels + a.width, a.blocks);
+    std::memset(a.levels, 0, Accumulator<C>::kLanes * sizeof(C));
   } else {
     if (a.width % 16 == 0) {
       add_levels<Wide>(a);
@@ -160,6 +162,40 @@ void finish(Accumulator<C>& a, C* sums) {
   }
   a.position = a.turns = a.blocks = 0;
 }
+
+// Sums over the one row that a loop is at, kSets of them side by side: what an Accumulator of one column makes of them,
+// without a way through its memory for each block.
+template <class C, int kSets>
+class RowSums {
+  static constexpr int64_t kLanes = Accumulator<C>::kLanes;
+
+ public:
+  explicit RowSums(void* const* levels) {
+    for (int k = 0; k < kSets; ++k) levels_[k] = static_cast<C*>(levels[k]);
+  }
+  // `lanes`: [kSets, kLanes], of a whole block.
+  void close_block(const C* lanes) {
+    using Wide = typename Sixteen<C>::type;
+    for (int k = 0; k < kSets; ++k) {
+      const Wide* block = reinterpret_cast<const Wide*>(lanes + k * kLanes);
+      Wide sum[4] = {block[0], block[1], block[2], block[3]};
+      Wide* level = reinterpret_cast<Wide*>(levels_[k]);
+      for (int64_t bits = blocks_; bits & 1; bits >>= 1, level += 4) {
+        for (int j = 0; j < 4; ++j) sum[j] += level[j];
+      }
+      for (int j = 0; j < 4; ++j) level[j] = sum[j];
+    }
+    ++blocks_;
+  }
+  // `lanes`: of the block that is open.
+  void finish(const C* lanes, C* sums) const {
+    for (int k = 0; k < kSets; ++k) sums[k] = add_row(lanes + k * kLanes, levels_[k], blocks_);
+  }
+
+ private:
+  C* levels_[kSets];
+  int64_t blocks_ = 0;
+};
 
 template <class P>
 void widen_run(const P* __restrict x, compute_t<P>* __restrict out, int64_t n) {
@@ -186,11 +222,21 @@ void scale_columns(const compute_t<P>* x, P* out, int64_t n, const compute_t<P>*
   }
 }
 
-// Updates n elements. kSum: n is one block of the sums, and element j of each turn is squared into lane j. kMeasure: so
-// are the weights before, the gradient and u, into lanes of their own behind it. kScale: as many elements of another
-// place are multiplied by a factor; memory is what an update waits for, so that this costs nothing.
-template <class Rule, int kSlots, class P, class G, class S, bool kExtras, bool kSum, bool kMeasure, bool kScale>
-inline void update_run(const UpdateArgs& a, int64_t begin, int64_t n, compute_t<P>* __restrict lanes) {
+// Memory so many elements ahead is asked for while a row is updated and summed: what comes next in that row or is the
+// next row. The processor does not look that far by itself while it has this much to compute.
+constexpr int64_t kAhead = Accumulator<float>::kTurns * kLanes;
+template <class T>
+inline void fetch(const T* x) {
+  for (int64_t j = 0; j < kLanes; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + j);
+}
+
+// Updates n elements. kSets: how many sums are made of them on the way. Element i goes to lane i % 64 of each; the
+// lanes are one block at most, and begin here. One sum is that of the squared weights; four are those of
+// norms/measured.h. kScale: as many elements of another place are multiplied by a factor; memory is what an update
+// waits for, so that this costs nothing.
+template <class Rule, int kSlots, class P, class G, class S, bool kExtras, int kSets, bool kScale>
+[[gnu::always_inline]] inline void update_run(const UpdateArgs& a, int64_t begin, int64_t n,
+                                              [[maybe_unused]] compute_t<P>* __restrict lanes) {
   using C = compute_t<P>;
   const auto s = *static_cast<const typename Rule::template Scalars<C>*>(a.scalars);
   const P* __restrict param = static_cast<const P*>(a.param) + begin;
@@ -205,105 +251,94 @@ inline void update_run(const UpdateArgs& a, int64_t begin, int64_t n, compute_t<
   const bool unscale = a.grad_scale != 0, wants_step = a.step != nullptr;
   const C grad_scale = C(a.grad_scale);
   const C sign = a.maximize ? C(-1) : C(1);
-  const int64_t turns = kSum ? Accumulator<C>::kTurns : 1, length = kSum ? Accumulator<C>::kLanes : n;
-  for (int64_t turn = 0; turn < turns; ++turn) {
-#pragma GCC ivdep
-    for (int64_t j = 0; j < length; ++j) {
-      const int64_t i = turn * length + j;
-      C w = std::is_same_v<P, C> ? updated[i] : C(widen(param[i]));
-      C g = C(widen(grad[i]));
-      if (kExtras && unscale) {
-        g = g / grad_scale;
-        grad[i] = narrow(g, G());
-      }
-      if (kMeasure) {
-        lanes[length + j] += w * w;
-        lanes[2 * length + j] += g * g;
-      }
-      C state[kMaxSlots] = {};
-      if (kSlots > 0) state[0] = C(widen(state0[i]));
-      if (kSlots > 1) state[1] = C(widen(state1[i]));
-      if (kSlots > 2) state[2] = C(widen(state2[i]));
-      const C u = Rule::template update<kSlots>(w, g * sign, state, s);
-      if (kSlots > 0) state0[i] = narrow(state[0], S());
-      if (kSlots > 1) state1[i] = narrow(state[1], S());
-      if (kSlots > 2) state2[i] = narrow(state[2], S());
-      updated[i] = w;
-      if (kSum) lanes[j] += w * w;
-      if (kMeasure) lanes[3 * length + j] += u * u;
-      if (kScale) behind[i] *= behind_factor;
-      if (kExtras && wants_step) step[i] = u;
+  const auto at = [&](int64_t i, [[maybe_unused]] int64_t lane) __attribute__((always_inline)) {
+    C w = std::is_same_v<P, C> ? updated[i] : C(widen(param[i]));
+    C g = C(widen(grad[i]));
+    if (kExtras && unscale) {
+      g = g / grad_scale;
+      grad[i] = narrow(g, G());
     }
+    if constexpr (kSets == kSums) {
+      lanes[kBefore * kLanes + lane] += w * w;
+      lanes[kGrad * kLanes + lane] += g * g;
+    }
+    C state[kMaxSlots] = {};
+    if (kSlots > 0) state[0] = C(widen(state0[i]));
+    if (kSlots > 1) state[1] = C(widen(state1[i]));
+    if (kSlots > 2) state[2] = C(widen(state2[i]));
+    const C u = Rule::template update<kSlots>(w, g * sign, state, s);
+    if (kSlots > 0) state0[i] = narrow(state[0], S());
+    if (kSlots > 1) state1[i] = narrow(state[1], S());
+    if (kSlots > 2) state2[i] = narrow(state[2], S());
+    updated[i] = w;
+    if constexpr (kSets == 1) lanes[lane] += w * w;
+    if constexpr (kSets == kSums) {
+      lanes[kUpdated * kLanes + lane] += w * w;
+      lanes[kUpdate * kLanes + lane] += u * u;
+    }
+    if (kScale) behind[i] *= behind_factor;
+    if (kExtras && wants_step) step[i] = u;
+  };
+  if constexpr (kSets == 0) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) at(i, 0);
+  } else {
+    using Wide = typename Sixteen<C>::type;  // a loop over elements would become a call
+    for (int64_t j = 0; j < kSets * kLanes / 16; ++j) reinterpret_cast<Wide*>(lanes)[j] = Wide{};
+    for (int64_t turn = 0; turn < n / kLanes; ++turn) {
+      const int64_t ahead = turn * kLanes + kAhead;
+      fetch(updated + ahead);
+      if (!std::is_same_v<P, C>) fetch(param + ahead);
+      fetch(grad + ahead);
+      if (kSlots > 0) fetch(state0 + ahead);
+      if (kSlots > 1) fetch(state1 + ahead);
+      if (kSlots > 2) fetch(state2 + ahead);
+#pragma GCC ivdep
+      for (int64_t j = 0; j < kLanes; ++j) at(turn * kLanes + j, j);
+    }
+    const int64_t whole = n / kLanes * kLanes;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n - whole; ++j) at(whole + j, j);
   }
 }
 
-// Whole blocks, into the sums of `squares` and, with kMeasure, of `measured`. Returns how many elements that were.
-template <class Rule, int kSlots, class P, class G, class S, bool kMeasure>
-int64_t update_blocks(const UpdateArgs& a) {
+// A whole row with its sums.
+template <class Rule, int kSlots, class P, class G, class S, int kSets, bool kScale>
+void update_row(const UpdateArgs& a) {
   using C = compute_t<P>;
-  using Sum = Accumulator<C>;
-  constexpr int64_t kBlock = Sum::kTurns * Sum::kLanes, kSets = kMeasure ? 4 : 1;
-  Sum* sums[4] = {static_cast<Sum*>(a.squares), static_cast<Sum*>(a.measured[0]), static_cast<Sum*>(a.measured[1]),
-                  static_cast<Sum*>(a.measured[2])};
+  constexpr int64_t kBlock = Accumulator<C>::kTurns * kLanes;
+  RowSums<C, kSets> sums(a.levels);
+  alignas(64) C lanes[kSets * kLanes];
   int64_t done = 0;
   for (; a.n - done >= kBlock; done += kBlock) {
-    C lanes[kSets * Sum::kLanes] = {};
-    if (a.behind) {
-      update_run<Rule, kSlots, P, G, S, false, true, kMeasure, true>(a, done, kBlock, lanes);
-    } else {
-      update_run<Rule, kSlots, P, G, S, false, true, kMeasure, false>(a, done, kBlock, lanes);
-    }
-    for (int64_t k = 0; k < kSets; ++k) {
-      std::memcpy(sums[k]->levels, lanes + k * Sum::kLanes, Sum::kLanes * sizeof(C));
-      close_block<typename Sixteen<C>::type>(*sums[k]);
-    }
+    update_run<Rule, kSlots, P, G, S, false, kSets, kScale>(a, done, kBlock, lanes);
+    sums.close_block(lanes);
   }
-  return done;
-}
-
-// The rest of a run that is measured, shorter than a block.
-template <class Rule, int kSlots, class P, class G, class S>
-void update_rest(const UpdateArgs& a, int64_t done) {
-  using C = compute_t<P>;
-  using Sum = Accumulator<C>;
-  C values[Sum::kTurns * Sum::kLanes] = {};
-  const int64_t n = a.n - done;
-  add<C, true>(*static_cast<Sum*>(a.measured[0]), static_cast<const C*>(a.updated) + done, n);
-  widen_run(static_cast<const G*>(a.grad) + done, values, n);
-  add<C, true>(*static_cast<Sum*>(a.measured[1]), values, n);
-  UpdateArgs wanting = a;
-  wanting.step = values - done;
-  update_run<Rule, kSlots, P, G, S, true, false, false, false>(wanting, done, n, nullptr);
-  add<C, true>(*static_cast<Sum*>(a.measured[2]), values, n);
+  if (kScale) {
+    C* behind = static_cast<C*>(a.behind) + done;
+    scale_run<C>(behind, behind, a.n - done, C(a.behind_factor));
+  }
+  update_run<Rule, kSlots, P, G, S, false, kSets, false>(a, done, a.n - done, lanes);
+  sums.finish(lanes, static_cast<C*>(a.sums));
 }
 
 template <class Rule, int kSlots, class P, class G, class S>
 void update(const UpdateArgs& a) {
-  using C = compute_t<P>;
-  const bool extras = a.grad_scale != 0 || a.step != nullptr, measures = a.measured[0] != nullptr;
-  auto* sum = static_cast<Accumulator<C>*>(a.squares);
-  int64_t done = 0;
-  if constexpr (std::is_same_v<P, C>) {
-    const bool whole = sum && sum->width == Accumulator<C>::kLanes && sum->position == 0 && sum->turns == 0;
-    if (whole && !extras) {
-      done = measures ? update_blocks<Rule, kSlots, P, G, S, true>(a) : update_blocks<Rule, kSlots, P, G, S, false>(a);
+  if (a.sums) {
+    if constexpr (std::is_same_v<P, compute_t<P>>) {
+      if (a.behind) {
+        return a.measures ? update_row<Rule, kSlots, P, G, S, kSums, true>(a)
+                          : update_row<Rule, kSlots, P, G, S, 1, true>(a);
+      }
     }
-    if (done == a.n) return;
-    if (a.behind) {
-      C* behind = static_cast<C*>(a.behind) + done;
-      scale_run<P>(behind, behind, a.n - done, C(a.behind_factor));
-    }
-    if (measures) {
-      update_rest<Rule, kSlots, P, G, S>(a, done);
-      return add<C, true>(*sum, static_cast<const C*>(a.updated) + done, a.n - done);
-    }
+    return a.measures ? update_row<Rule, kSlots, P, G, S, kSums, false>(a)
+                      : update_row<Rule, kSlots, P, G, S, 1, false>(a);
   }
-  if (extras) {
-    update_run<Rule, kSlots, P, G, S, true, false, false, false>(a, done, a.n - done, nullptr);
+  if (a.grad_scale != 0 || a.step != nullptr) {
+    update_run<Rule, kSlots, P, G, S, true, 0, false>(a, 0, a.n, nullptr);
   } else {
-    update_run<Rule, kSlots, P, G, S, false, false, false, false>(a, done, a.n - done, nullptr);
+    update_run<Rule, kSlots, P, G, S, false, 0, false>(a, 0, a.n, nullptr);
   }
-  if (sum) add<C, true>(*sum, static_cast<const C*>(a.updated) + done, a.n - done);
 }
 
 // Whether a run of a single group's elements may be summed by whole blocks from here on.
@@ -531,6 +566,27 @@ Update find_update(int rule, int slots, Dtype param, Dtype grad, Dtype state) {
   return nullptr;
 }
 
+void reduce_measured(const float* __restrict rows, int64_t count, float* __restrict statistics) {
+  float least[kMeasured], most[kMeasured];
+  double sum[kMeasured] = {}, squares[kMeasured] = {};
+  for (int k = 0; k < kMeasured; ++k) least[k] = most[k] = rows[k];
+  for (int64_t row = 0; row < count; ++row) {
+    for (int k = 0; k < kMeasured; ++k) {
+      const float x = rows[row * kMeasured + k];
+      least[k] = (x < least[k] || x != x) ? x : least[k];
+      most[k] = maximum(most[k], x);
+      sum[k] += double(x);
+      squares[k] += double(x) * double(x);
+    }
+  }
+  for (int k = 0; k < kMeasured; ++k) {
+    statistics[k] = least[k];
+    statistics[kMeasured + k] = float(sum[k] / double(count));
+    statistics[2 * kMeasured + k] = most[k];
+    statistics[3 * kMeasured + k] = float(square_root(squares[k]));
+  }
+}
+
 void cast_scalars(const double* from, void* to, int count, Dtype param) {
   for (int i = 0; i < count; ++i) {
     if (param == Dtype::kFloat64) {
@@ -555,8 +611,9 @@ StoreLeaves<P> store_leaves() {
 #define FASTWRS_NAME(x) FASTWRS_STRING(x)
 extern const Leaves kLeaves;
 const Leaves kLeaves = {
-    FASTWRS_NAME(FASTWRS_ISA), &find_advance,           &find_update,          &cast_scalars,
-    sum_leaves<float>(),       sum_leaves<double>(),    store_leaves<float>(), store_leaves<double>(),
+    FASTWRS_NAME(FASTWRS_ISA), &find_advance,           &find_update,
+    &reduce_measured,          &cast_scalars,           sum_leaves<float>(),
+    sum_leaves<double>(),      store_leaves<float>(),   store_leaves<double>(),
     store_leaves<bfloat16>(),  store_leaves<float16>(),
 };
 

@@ -7,6 +7,7 @@
 
 #include "../core/table.h"
 #include "../norms/gate.h"
+#include "../norms/measured.h"
 
 namespace fastwrs::cpu {
 
@@ -17,11 +18,13 @@ struct UpdateArgs {
   void* state[kMaxSlots];
   void* updated;  // compute type
   void* step;     // compute type, or null: u is not wanted
-  void* squares;  // Accumulator of the compute type that the updated weights are added to, or null
-  // Accumulators of the compute type for the weights before, the gradient and u, with `squares`; or all null. Not where
-  // the gradient is unscaled or u is wanted.
-  void* measured[3];
-  void* behind;  // other n elements of the compute type, to be multiplied by behind_factor on the way, or null
+  // Where the run is a whole row, what is summed over it, in the compute type, or null: the squares of the updated
+  // weights, or with `measures` all of norms/measured.h. Not where the gradient is unscaled or u is wanted.
+  void* sums;
+  bool measures;
+  void* levels[kSums];  // scratch for each sum
+  void* squares;        // of rules with a gate: an Accumulator that the updated weights are added to, or null
+  void* behind;         // other n elements of the compute type, to be multiplied by behind_factor on the way, or null
   double behind_factor;
   const void* scalars;  // Rule::Scalars in the compute type
   double grad_scale;    // 0: none
@@ -58,14 +61,16 @@ struct Accumulator {
 
   static constexpr int64_t kTurns = 8, kLanes = 64;
   // Columns get several lanes each while they are few, so that whole vectors are added.
-  static int64_t width_for(int64_t cols) { return cols == 1 ? kLanes : cols <= 64 ? 16 * cols : cols; }
-  static int64_t levels_for(int64_t cols, int64_t elements) {
+  static constexpr int64_t width_for(int64_t cols) { return cols == 1 ? kLanes : cols <= 64 ? 16 * cols : cols; }
+  static constexpr int64_t levels_for(int64_t cols, int64_t elements) {
     int64_t levels = 2;
     for (int64_t blocks = elements / (width_for(cols) * kTurns); blocks > 0; blocks /= 2) ++levels;
     return levels;
   }
   // Elements of `levels` that an accumulator over groups of so many elements needs.
-  static int64_t storage_for(int64_t cols, int64_t elements) { return levels_for(cols, elements) * width_for(cols); }
+  static constexpr int64_t storage_for(int64_t cols, int64_t elements) {
+    return levels_for(cols, elements) * width_for(cols);
+  }
 };
 
 template <class C>
@@ -86,6 +91,10 @@ struct StoreLeaves {
   void (*scale_columns)(const C* x, P* out, int64_t n, const C* factors, int64_t cols);  // x may be out
 };
 
+// Of every figure of some rows (norms/measured.h): minimum, mean, maximum, root of the sum of squares. NaN where one
+// is.
+constexpr int kStatistics = 4;
+
 using Advance = void (*)(const AdvanceArgs&);
 
 struct Leaves {
@@ -93,6 +102,7 @@ struct Leaves {
   Advance (*advance)(int rule, Dtype param, Dtype grad, Dtype state);  // null: the rule has no gate
   void (*(*update)(int rule, int slots, Dtype param, Dtype grad,
                    Dtype state))(const UpdateArgs&);  // null: not a triple
+  void (*reduce_measured)(const float* rows, int64_t count, float* statistics);
   void (*cast_scalars)(const double* from, void* to, int count, Dtype param);
   SumLeaves<float> sum_float;
   SumLeaves<double> sum_double;

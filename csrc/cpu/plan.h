@@ -41,13 +41,11 @@ struct TensorPlan {
 
   bool sums() const { return wants[kBefore] || wants[kUpdated] || wants[kGrad] || wants[kUpdate]; }
   bool scales() const { return projection.rescale || projection.shrink; }
-  // Whether whole rows of some length lie ready to be updated and summed in one loop, by one factor each: nothing of
-  // the step but the weights after the update is wanted, or everything.
-  bool takes_rows(bool unscales) const {
-    const bool all = wants[kBefore] && wants[kUpdated] && wants[kGrad] && wants[kUpdate];
-    const bool one = wants[kUpdated] && !wants[kBefore] && !wants[kGrad] && !wants[kUpdate];
-    return (one || (all && !unscales)) && path == kOnePass && units_per_tile == 1 && geometry.cols == 1 &&
-           !geometry.strided();
+  // Whether whole rows lie ready to be updated and summed in one loop, by one factor each: nothing of the step but the
+  // weights after the update is wanted, or everything.
+  bool takes_rows() const {
+    const bool one = wants[kUpdated] && wants[kBefore] == wants[kGrad] && wants[kGrad] == wants[kUpdate];
+    return one && path == kOnePass && geometry.cols == 1 && !geometry.strided();
   }
   int64_t sum_size() const { return geometry.units * row_items * geometry.cols; }
   int64_t workspace_size() const { return path == kTwoPhases ? kSums * sum_size() + geometry.groups() : 0; }

@@ -182,7 +182,7 @@ class Worker {
     const TensorPlan& p = w.plan;
     if (p.path == TensorPlan::kOnePass) {
       const int64_t begin = item * p.units_per_item, end = std::min(p.geometry.units, begin + p.units_per_item);
-      if (kInPlace && call.update && takes_rows(call, w)) return take_rows(call, w, begin, end);
+      if (takes_rows(call, w)) return take_rows(call, w, begin, end);
       for (int64_t unit = begin; unit < end; unit += p.units_per_tile) {
         const int64_t units = std::min(p.units_per_tile, end - unit);
         with_run(call, w, unit * p.geometry.unit_size(), units * p.geometry.unit_size(), call.writes,
@@ -462,33 +462,44 @@ class Worker {
   // A gate takes the same out of a whole row where the row lies within a channel.
   static bool takes_rows(const Call<P>& call, const Work<C>& w) {
     const Geometry& g = w.plan.geometry;
-    const bool ready = w.plan.takes_rows(call.grad_scale != 0);
-    return ready && (!call.advance || (!w.plan.wants[kUpdate] && g.channel_inner % g.unit_size() == 0));
+    if (!call.update || !w.plan.takes_rows() || call.grad_scale != 0) return false;
+    return !call.advance ||
+           (kInPlace && w.plan.units_per_tile == 1 && !w.plan.wants[kUpdate] && g.channel_inner % g.unit_size() == 0);
   }
 
   // The usual work by itself: rows are updated and summed in one loop, in which the row before is scaled. The same bits
   // as by `tile`.
   void take_rows(const Call<P>& call, const Work<C>& w, int64_t begin, int64_t end) {
-    static constexpr Sum kMeasuredToo[] = {kBefore, kGrad, kUpdate};
     const TensorPlan& p = w.plan;
     const int64_t size = p.geometry.unit_size();
-    start_sums(call, p, 1, size);
-    C *behind = nullptr, factor = 1;
+    if (call.advance) start_sums(call, p, 1, size);
+    C *behind = nullptr, factor = 1, sums[kSums];
     for (int64_t row = begin; row < end; ++row) {
       const Cursor at = cursor(call, w, row * size);
-      C* updated = reinterpret_cast<C*>(at.array[0]);
+      P* param = reinterpret_cast<P*>(at.array[0]);
+      C* updated = kInPlace ? reinterpret_cast<C*>(param) : staged_.data();
       UpdateArgs args = arguments(call, w, at, size, updated);
-      args.squares = &accumulators_[kUpdated];
-      if (call.advance) ask_gate(call, w, at.element, args);
-      for (int k = 0; k < 3 && p.wants[kGrad]; ++k) args.measured[k] = &accumulators_[kMeasuredToo[k]];
       args.behind = behind;
       args.behind_factor = factor;
-      call.update(args);
-      for (int k = 0; k < kSums; ++k) {
-        if (p.wants[k]) call.sum.finish(accumulators_[k], sums_[k].data());
+      if (call.advance) {
+        args.squares = &accumulators_[kUpdated];
+        ask_gate(call, w, at.element, args);
+        call.update(args);
+        call.sum.finish(accumulators_[kUpdated], sums_[kUpdated].data());
+      } else {
+        args.sums = sums;
+        args.measures = p.wants[kGrad];
+        for (int k = 0; k < kSums; ++k) args.levels[k] = levels_[k];
+        call.update(args);
+        for (int k = 0; args.measures && k < kSums; ++k) sums_[k][0] = sums[k];
+        if (!args.measures) sums_[kUpdated][0] = sums[0];
       }
       conclude(call, w, row, 1, 0, &factor);
-      behind = p.scales() ? updated : nullptr;
+      if (kInPlace) {
+        behind = p.scales() ? updated : nullptr;
+      } else {
+        p.scales() ? call.store.scale(updated, param, size, factor) : call.store.narrow(updated, param, size);
+      }
     }
     if (behind) call.store.scale(behind, reinterpret_cast<P*>(behind), size, factor);
   }
@@ -547,6 +558,7 @@ class Worker {
   std::vector<C> staged_, updated_, step_, grad_, along_, sums_[kSums], storage_[kSums], factors_;
   std::vector<char> gathered_[kMaxArrays];
   C pattern_[16 * 64];
+  C levels_[kSums][Accumulator<C>::storage_for(1, kUnitLimit)];  // of the row that is taken
   Accumulator<C> accumulators_[kSums];
   int64_t group_size_[kSums], group_left_[kSums];
   C* next_sum_[kSums];

@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from fastwrs import dispatch
-from fastwrs.measuring import Measured, Scope, Watcher, buffer_for, counts_of
+from fastwrs.measuring import Measured, Scope, Watcher, buffer_for, rows_of
 from fastwrs.optim import checkpoint
 from fastwrs.optim.records import Records, on, read
 from fastwrs.options import Rescale, Shrink, common_axis
@@ -81,9 +81,7 @@ class FusedOptimizer(Optimizer):
         launches = self._take_step(scope)
         if watchers:
             measured = [
-                Measured(call.params, counts_of(call.params, call.axes), call.measured)
-                for _, call in launches
-                if call.measured is not None
+                Measured(bundle.rows[scope], call.measured) for bundle, call in launches if call.measured is not None
             ]
             for watcher in watchers:
                 watcher.after_step(measured, loss)
@@ -184,6 +182,10 @@ class FusedOptimizer(Optimizer):
             device = bundle.device
             hyper, lrs = records.on(device)
             axes = bundle.measured_axes if scope is Scope.EVERYTHING else bundle.axes
+            measured = None
+            if scope:
+                rows = bundle.rows[scope] = rows_of(bundle.params, axes, bundle.rows.get(scope))
+                measured = buffer_for(rows, device)
             call = StepCall(
                 self.rule.name,
                 bundle.params,
@@ -195,7 +197,7 @@ class FusedOptimizer(Optimizer):
                 lrs,
                 on(grad_scale, device),
                 on(found_inf, device),
-                measured=buffer_for(bundle.params, axes, device) if scope else None,
+                measured=measured,
             )
             launches.append((bundle, call))
         return launches
