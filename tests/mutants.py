@@ -71,6 +71,10 @@ def _worker(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "csrc/cpu/worker.h", old, new)
 
 
+def _sums(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/cpu/sums.h", old, new)
+
+
 def _leaves(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "csrc/cpu/leaves.cpp", old, new)
 
@@ -124,8 +128,8 @@ MUTANTS = (
         "axes |= ((mask >> d) & 1) << (view.dims - 1 - d);\n  view.reduced = axes;",
     ),
     Mutant("norms in the wrong order", "csrc/norms/geometry.cpp", "if (!row_major && !dim.reduced)", "if (false)"),
-    _leaves("sums without a last element", "j < m; ++j) lanes[j] += term", "j + (n == m) < m; ++j) lanes[j] += term"),
-    _leaves(
+    _sums("sums without a last element", "j < m; ++j) lanes[j] += term", "j + (n == m) < m; ++j) lanes[j] += term"),
+    _sums(
         "running sums",
         "for (int64_t j = 0; j < width; ++j) {\n    level[j] =",
         "a.blocks = 0;\n  level = block + width;\n  C* lanes = reinterpret_cast<C*>(block);\n"
@@ -137,18 +141,23 @@ MUTANTS = (
         "b.unit * p.geometry.cols + b.first_column;\n    for_runs",
         "b.unit * p.geometry.cols;\n    for_runs",
     ),
-    _leaves("u is measured by the gradient", "lanes[3 * length + j] += u * u;", "lanes[3 * length + j] += g * g;"),
-    _leaves("the rest of a gradient is its beginning", "(a.grad) + done, values, n);", "(a.grad), values, n);"),
+    _leaves(
+        "u is measured by the gradient",
+        "lanes[kUpdate * kLanes + lane] += u * u;",
+        "lanes[kUpdate * kLanes + lane] += g * g;",
+    ),
+    _leaves("the rest of a row is its beginning", "at(whole + j, j);", "at(j, j);"),
+    _sums("one block of a row", "++blocks_;", "blocks_ = 1;"),
     # the update
     _leaves(
         "no last element",
-        "C(widen(param[i]));\n      C g",
-        "C(widen(param[i]));\n      if (i + 1 == n) continue;\n      C g",
+        "C(widen(param[i]));\n    C g",
+        "C(widen(param[i]));\n    if (i + 1 == n) return;\n    C g",
     ),
     _leaves("maximize ignored", "const C sign = a.maximize ? C(-1) : C(1)", "const C sign = C(1)"),
     _leaves(
         "the unscaled gradient is not written",
-        "g = g / grad_scale;\n        grad[i] = narrow(g, G());",
+        "g = g / grad_scale;\n      grad[i] = narrow(g, G());",
         "g = g / grad_scale;",
     ),
     Mutant(

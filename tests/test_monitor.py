@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 import types
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from tolerances import Inputs
 from torch import Tensor, nn
 
 import fastwrs
+from fastwrs import library
 from fastwrs.measuring import Measured, Rows, Scope
 from fastwrs.optim.records import read
 from fastwrs.options import reduced_dims
@@ -499,3 +501,31 @@ def test_a_ratio_without_a_loss_is_refused() -> None:
     monitor.log_loss(0.0)
     optimizer.step()
     assert monitor.gradient_over_loss()[0]["ratio"] is None
+
+
+def test_reductions_are_those_of_the_rows() -> None:
+    """Minimum, mean, maximum and root of the sum of squares of each parameter's rows, whoever reduces them."""
+    if library.why_not() is not None:
+        pytest.skip("the op is in the extension")
+    counts = [1, 7, 2, 300, 1]
+    values = torch.randn(sum(counts), len(MEASURED), generator=torch.Generator().manual_seed(0))
+    values[3, 2], values[9, :] = math.inf, math.nan
+    out = torch.empty(len(counts), 4, len(MEASURED))
+    torch.ops.fastwrs.reduce_measured(values, counts, out)
+    for rows, found in zip(values.double().split(counts), out, strict=True):
+        want = rows.amin(0), rows.mean(0), rows.amax(0), rows.square().sum(0).sqrt()
+        torch.testing.assert_close(found, torch.stack(want).float(), rtol=2**-23, atol=0, equal_nan=True)
+    torch.library.opcheck(torch.ops.fastwrs.reduce_measured.default, (values[:8].clone(), [1, 7], torch.zeros(2, 4, 8)))
+
+
+@pytest.mark.parametrize(
+    ("counts", "out", "why"),
+    [([3, 0], (2, 4, 8), r"counts\[1\] must be > 0, got 0"), ([4], (1, 4, 8), "measured"), ([3], (1, 2, 8), "out")],
+)
+def test_a_reduction_of_other_sizes_is_refused(counts: list[int], out: tuple[int, ...], why: str) -> None:
+    if library.why_not() is not None:
+        pytest.skip("the op is in the extension")
+    found = torch.zeros(out)
+    with pytest.raises(RuntimeError, match=why):
+        torch.ops.fastwrs.reduce_measured(torch.ones(3, 8), counts, found)
+    assert not found.any()
