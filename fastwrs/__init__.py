@@ -3,6 +3,7 @@
 The public API is what is listed in ``__all__``. ``fastwrs.backends()`` says what can run here, and why the rest cannot.
 """
 
+from fastwrs import analysis, nn
 from fastwrs._version import __version__
 from fastwrs.batchnorm import follow_batchnorm
 from fastwrs.dispatch import backends
@@ -11,6 +12,7 @@ from fastwrs.monitor import Monitor
 from fastwrs.optim import SGD, SGDP, Adam, AdamP, AdamW
 from fastwrs.options import Rescale, Shrink
 from fastwrs.projection import channel_norms, rescale_
+from fastwrs.window import WeightDecayWindow
 
 __all__ = [
     "SGD",
@@ -21,10 +23,13 @@ __all__ = [
     "Monitor",
     "Rescale",
     "Shrink",
+    "WeightDecayWindow",
     "__version__",
+    "analysis",
     "backends",
     "channel_norms",
     "follow_batchnorm",
+    "nn",
     "param_groups",
     "rescale_",
 ]

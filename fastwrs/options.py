@@ -53,14 +53,14 @@ class Rescale:
     stop: int | None = None
 
     def __post_init__(self) -> None:
-        _put(self, "every", _whole(self, "every", low=1))
+        _put(self, "every", checked_whole(self.every, "Rescale: every", low=1))
         _put(self, "axis", _checked_axis(self))
         _put(self, "target", _real(self, "target"))
         if self.target <= 0:
             raise ValueError(f"Rescale: target must be > 0, got {self.target!r}")
-        _put(self, "start", _whole(self, "start", low=0))
+        _put(self, "start", checked_whole(self.start, "Rescale: start"))
         if self.stop is not None:
-            _put(self, "stop", _whole(self, "stop", low=0))
+            _put(self, "stop", checked_whole(self.stop, "Rescale: stop"))
 
 
 @dataclass(frozen=True)
@@ -210,19 +210,18 @@ def _index(value: Any) -> int:
     return operator.index(value)
 
 
-def _whole(option: Rescale | Shrink, name: str, low: int) -> int:
-    value = getattr(option, name)
-    where = type(option).__name__
+def checked_whole(value: Any, where: str, low: int = 0) -> int:
+    """``value`` as an int that is at least ``low``, or an error that begins with ``where``."""
     try:
         number = _index(value)
     except TypeError:
-        raise TypeError(f"{where}: {name} must be an int, got {value!r}") from None
+        raise TypeError(f"{where} must be an int, got {value!r}") from None
     if number < low:
-        raise ValueError(f"{where}: {name} must be >= {low}, got {value!r}")
+        raise ValueError(f"{where} must be >= {low}, got {value!r}")
     try:
         float(number)  # as which it travels to the kernels
     except OverflowError:
-        raise ValueError(f"{where}: {name} is too large, an int of {number.bit_length()} bits") from None
+        raise ValueError(f"{where} is too large, an int of {number.bit_length()} bits") from None
     return number
 
 
