@@ -2,10 +2,10 @@
 
     python examples/paper/fig1_fig6.py [--data cifar100 --root DIR] [--help]
 
-Fig. 1: SGDM with decay in all epochs, and with decay until the learning rate is divided first. Fig. 6a: VGG16 with decay
-or rescaling in all epochs, before that, and after it. Fig. 6b: ResNet-18 with WRS, bounded weight norm (with mean-only
-BatchNorm), WD, and weight standardization with and without WD. Writes fig1_fig6.csv (curves), fig1_fig6_summary.csv,
-fig1.png and fig6.png.
+Fig. 1: SGDM with decay in all epochs, and with decay until the learning rate is divided first. Fig. 6a: VGG16 with
+decay or rescaling in all epochs, before that, and after it. Fig. 6b: ResNet-18 with WRS, bounded weight norm (with
+mean-only BatchNorm), WD, and weight standardization with and without WD. Writes fig1_fig6.csv (curves),
+fig1_fig6_summary.csv, fig1.png and fig6.png.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ fig2_summary.csv and fig2.png.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from common import plots
@@ -46,8 +47,21 @@ def accuracies(setup: Setup) -> list[dict[str, Any]]:
     return rows
 
 
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each panel the best mean of WD and of WRS, and the range of the means over the sweep."""
+def growth(setup: Setup, settings: Settings) -> float:
+    """How much the effective gradient norm grows between the first two divisions of the learning rate.
+
+    The mean over the last third of that time over the mean over the first third.
+    """
+    epochs, values = effective(setup, settings, smooth=False)
+    first, second = settings.milestones[:2]
+    third = (second - first) / 3
+    start = [v for e, v in zip(epochs, values, strict=True) if first < e <= first + third]
+    end = [v for e, v in zip(epochs, values, strict=True) if second - third < e <= second]
+    return sum(end) / len(end) / (sum(start) / len(start)) if start and end else math.nan
+
+
+def summary(setup: Setup, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each panel the best mean of WD and of WRS, the range of the means over the sweep, and how gradients grow."""
     found = []
     for network, optimizer in PANELS:
         row: dict[str, Any] = {"network": network, "optimizer": OPTIMIZERS[optimizer]}
@@ -57,17 +71,31 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row[f"best_{method}"] = max(some)
             if method != "off":
                 row[f"range_{method}"] = max(some) - min(some)
+            run = runs_of(setup, network, optimizer, *default(setup, optimizer, method))[0]
+            row[f"growth_{method}"] = growth(setup, run)
         found.append(row)
     return found
 
 
-def effective(setup: Setup, settings: Settings) -> tuple[list[float], list[float]]:
+def default(setup: Setup, optimizer: str, method: str) -> tuple[str, dict[str, Any]]:
+    """The point of the sweep that the recipe stands for, or the nearest to it."""
+    key, wanted = {
+        "off": ("", 0.0),
+        "wd": ("weight_decay", setup.recipe.weight_decay[optimizer]),
+        "wrs": ("tau", setup.recipe.tau),
+    }[method]
+    some = [point for point in points(setup, optimizer) if point[0] == method]
+    return min(some, key=lambda point: abs(point[1].get(key, 0.0) - wanted))
+
+
+def effective(setup: Setup, settings: Settings, smooth: bool = True) -> tuple[list[float], list[float]]:
     """Epochs, and the norm of the gradient (AdamW: of the step) over that of the weights, of the watched layer."""
     result, per_epoch = setup.runs[settings]["measured"], setup.runs[settings]["steps"] / settings.epochs
     key = "update_norm" if settings.optimizer == "adamw" else "grad_norm"
     kept = [r for r in result if r["norm_before"] and r[key] is not None]
     values = [r[key] / r["norm_before"] for r in kept]
-    return [r["step"] / per_epoch for r in kept], plots.smoothed(values, SMOOTHING[settings.optimizer])
+    decay = SMOOTHING[settings.optimizer] if smooth else 0.0
+    return [r["step"] / per_epoch for r in kept], plots.smoothed(values, decay)
 
 
 def gradients(setup: Setup) -> list[dict[str, Any]]:
@@ -90,8 +118,7 @@ def draw_gradients(setup: Setup, panel: Any, network: str, optimizer: str) -> No
     sweep = setup.recipe.decay_sweep[optimizer]
     shown: list[tuple[str, dict[str, Any], str]] = [("off", {}, "-")]
     shown += [("wd", {"weight_decay": v}, style) for v, style in zip(sweep[1:3], ("-", "--"), strict=False)]
-    taus = setup.recipe.tau_sweep
-    shown.append(("wrs", {"tau": setup.recipe.tau if setup.recipe.tau in taus else taus[0]}, "-"))
+    shown.append((*default(setup, optimizer, "wrs"), "-"))
     for method, changes, style in shown:
         settings = runs_of(setup, network, optimizer, method, changes)[0]
         value = f" $\\lambda$={settings.weight_decay:g}" if method == "wd" else ""
@@ -137,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     grid = [s for panel in PANELS for point in points(setup, panel[1]) for s in runs_of(setup, *panel, *point)]
     setup.runs.train(grid, "Fig. 2")
     rows = accuracies(setup)
-    short = summary(rows)
+    short = summary(setup, rows)
     for name, part in (("fig2a.csv", gradients(setup)), ("fig2b.csv", rows), ("fig2_summary.csv", short)):
         setup.write(name, part)
     print(text_table(short))

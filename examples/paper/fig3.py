@@ -3,8 +3,8 @@
     python examples/paper/fig3.py [--data cifar10 --root DIR] [--help]
 
 (a) A perceptron with a learning rate of 1e-6, where training is close to the flow that Lemma 3.1 and Corollary 3.2 are
-about: without decay the norms stay, with decay they follow exp(-lambda * lr * t). The changes are smaller than what fp32
-can hold, so this one is trained in fp64. (b) VGG16 with SGDM, each line the norm of an output channel of the 2nd
+about: without decay the norms stay, with decay they follow exp(-lambda * lr * t). The changes are smaller than what
+fp32 can hold, so this one is trained in fp64. (b) VGG16 with SGDM, each line the norm of an output channel of the 2nd
 convolution. Writes fig3a.csv, fig3b.csv and fig3.png.
 """
 
@@ -58,7 +58,9 @@ def draw_perceptron(panel: Any, rows: list[dict[str, Any]]) -> None:
     for method in SHOWN:
         some = [row for row in rows if row["method"] == METHODS[method]]
         steps, color = [row["step"] for row in some], plots.COLORS[method]
-        low, high, flow = ([row[key] for row in some] for key in ("smallest_change", "greatest_change", "predicted_change"))
+        low, high, flow = (
+            [row[key] for row in some] for key in ("smallest_change", "greatest_change", "predicted_change")
+        )
         panel.fill_between(steps, low, high, color=color, alpha=0.3, label=f"{METHODS[method]}: all channels")
         panel.plot(steps, flow, "--", color=color, label=f"{METHODS[method]}: predicted")
     panel.set(xlabel="step", ylabel="change of the norm, relative", title=f"(a) MLP, SGD, lr {LEARNING_RATE:g}")

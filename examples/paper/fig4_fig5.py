@@ -104,7 +104,9 @@ def plot_betas(setup: Setup, rows: list[dict[str, Any]]) -> None:
             line = [(r["layer"], r["beta"]) for r in mine if (r["epoch"], r["space"]) == (last, space)]
             panel.plot(*zip(*line, strict=True), color=plots.COLORS[method], marker="o", label=METHODS[method])
     for k, (panel, layer) in enumerate(zip(axes[0][:2], LAYERS, strict=True)):
-        panel.set(title=f"(a{k + 1}) convolution {layer + 1}", xlabel="epoch", ylabel="$\\beta$ of the generalized Gaussian")
+        panel.set(
+            title=f"(a{k + 1}) convolution {layer + 1}", xlabel="epoch", ylabel="$\\beta$ of the generalized Gaussian"
+        )
         plots.milestones(panel, run(setup, "wd").milestones)
         panel.legend(fontsize=7)
     for k, (panel, space) in enumerate(zip(axes[0][2:], SPACES, strict=True)):

@@ -44,9 +44,7 @@ def chosen(setup: Setup, cell: Cell) -> Settings:
 def with_seeds(setup: Setup, cell: Cell) -> list[Settings]:
     """The chosen run with all seeds."""
     best = chosen(setup, cell)
-    return [
-        setup.settings(*cell, seed, weight_decay=best.weight_decay, tau=best.tau) for seed in setup.seeds(cell[0])
-    ]
+    return [setup.settings(*cell, seed, weight_decay=best.weight_decay, tau=best.tau) for seed in setup.seeds(cell[0])]
 
 
 def table(setup: Setup) -> list[dict[str, Any]]:
@@ -87,10 +85,10 @@ def tests(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         for row in rows
     }
     pairs = list(dict.fromkeys(key[:3] for key in means))
-    ours = [means[*pair, METHODS["wrs"]] for pair in pairs]
+    ours = [means[(*pair, METHODS["wrs"])] for pair in pairs]
     rows = []
     for method in COMPARED[:2]:
-        theirs = [means[*pair, METHODS[method]] for pair in pairs]
+        theirs = [means[(*pair, METHODS[method])] for pair in pairs]
         found = paired_t(ours, theirs)
         rows.append({
             "data": "+".join(tables), "comparison": f"WRS - {METHODS[method]}", "pairs": len(pairs),

@@ -50,8 +50,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             norms, ratios = ([row[key] for row in some] for key in ("minimum_norm", "gradient_over_loss"))
             found.append({
                 "figure": figure, "width": width, "minimum_norm_first": norms[0], "minimum_norm_last": norms[-1],
-                "least_of_all": min(norms), "gradient_over_loss_first": ratios[0], "gradient_over_loss_last": ratios[-1],
-                "greatest_ratio": max(ratios),
+                "ratio_first": ratios[0], "ratio_last": ratios[-1], "greatest_ratio": max(ratios),
             })  # fmt: skip
     return found
 

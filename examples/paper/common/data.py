@@ -106,7 +106,8 @@ def load(name: str, root: Path | None, train_images: int | None, label_noise: fl
         read = {"cifar10": _cifar10, "cifar100": _cifar100, "tiny-imagenet": _tiny_imagenet}[name]
         train, test, classes = read(root)
     order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(0))
-    val, rest = order[: VALIDATION[name]], order[VALIDATION[name] :][:train_images]
+    held = min(VALIDATION[name], len(order) // 4)
+    val, rest = order[:held], order[held:][:train_images]
     val, train = (Part(train.x[some], train.y[some]) for some in (val, rest))
     if label_noise:
         generator = torch.Generator().manual_seed(1)

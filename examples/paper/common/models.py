@@ -107,9 +107,10 @@ def resnet18(inputs: int, classes: int, width: float, norm: Norm = nn.BatchNorm2
 
 
 def wrn28_10(inputs: int, classes: int, width: float, norm: Norm = nn.BatchNorm2d) -> nn.Sequential:
-    """WRN-28-10. BatchNorm comes after each convolution, those of the shortcuts too; in the original it comes before,
+    """WRN-28-10 with BatchNorm after each convolution, those of the shortcuts too.
 
-    so that some have none. This is how we read the WRS paper's "we add BN for all convolution layers".
+    In the original it comes before, so that some have none. This is how we read the WRS paper's "we add BN for all
+    convolution layers".
     """
     stages = [(cut(channels, width), stride) for channels, stride in WRN_28_10]
     return _residual(inputs, cut(16, min(1.0, 10 * width)), stages, 4, classes, norm)

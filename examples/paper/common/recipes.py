@@ -12,6 +12,9 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+FORMAT = 1
+"""Counted up when a run with the same settings comes to mean something else, so that older results are left alone."""
+
 OPTIMIZERS = {"sgd": "SGD", "sgdm": "SGDM", "adam": "Adam", "adamw": "AdamW", "adamp": "AdamP"}
 METHODS = {
     "off": "no decay",
@@ -22,8 +25,9 @@ METHODS = {
     "wrs": "WRS",
     "wrs-ic": "WRS(IC)",
 }
-"""``off``: nothing is decayed. ``wd``: all weights and what BatchNorm has. ``ws``: weight standardization; ``bwn``: bounded
-weight norm with mean-only BatchNorm; ``wrs``: rescaled weights, and what BatchNorm has is decayed (Algorithm 1)."""
+"""``off``: nothing is decayed. ``wd``: all weights and what BatchNorm has. ``ws``: weight standardization. ``bwn``:
+bounded weight norm with mean-only BatchNorm. ``wrs``: rescaled weights, and what BatchNorm has is decayed
+(Algorithm 1)."""
 RESCALED = ("wrs", "wrs-ic")
 
 
@@ -70,7 +74,8 @@ class Settings:
     @property
     def name(self) -> str:
         """Unique, and short enough for a folder."""
-        digest = hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:10]
+        text = json.dumps([FORMAT, self.plain()], sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         return f"{self.network}-{self.optimizer}-{self.method}-{self.seed}-{digest}"
 
     def plain(self) -> dict[str, Any]:
@@ -165,7 +170,9 @@ def tiny(recipe: Recipe) -> Recipe:
     )
 
 
-def settings(recipe: Recipe, data: str, network: str, optimizer: str, method: str, seed: int, **changes: Any) -> Settings:
+def settings(
+    recipe: Recipe, data: str, network: str, optimizer: str, method: str, seed: int, **changes: Any
+) -> Settings:
     """The run that the recipe describes, with changes by name. ``long=True`` is VGG16's longer schedule.
 
     Raises:

@@ -76,7 +76,7 @@ class Runs:
 
 
 def train_one(settings: Settings, folder: Path, root: Path | None, progress: Callable[[], Any]) -> None:
-    """Trains one run in this process. On a CPU with one thread, so that its bits do not depend on what runs beside it."""
+    """Trains one run in this process. On a CPU with one thread, so that the bits are the same however many run."""
     if settings.device == "cpu":
         torch.set_num_threads(1)
     data = data_sets.load(settings.data, root, settings.train_images, settings.label_noise)
@@ -84,7 +84,7 @@ def train_one(settings: Settings, folder: Path, root: Path | None, progress: Cal
 
 
 def _start(queue: Any) -> None:
-    global _QUEUE  # noqa: PLW0603
+    global _QUEUE
     _QUEUE = queue
 
 

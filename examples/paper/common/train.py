@@ -24,7 +24,7 @@ from .data import Data, Part
 from .recipes import RESCALED, Settings
 
 STATISTICS_BATCHES = 10
-"""So many batches of training images, not augmented, are what BatchNorm's statistics are taken of before an evaluation."""
+"""So many batches of training images, not augmented, give BatchNorm's statistics before an evaluation."""
 
 Record = dict[str, Any]
 
@@ -62,7 +62,10 @@ def make_groups(model: nn.Module, settings: Settings, steps_per_epoch: int) -> l
         )
         return fastwrs.param_groups(model, rescale=rescale, weight_decay=settings.weight_decay)
     norms = [
-        param for module in model.modules() if isinstance(module, _BatchNorm) for param in module.parameters(recurse=False)
+        param
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        for param in module.parameters(recurse=False)
     ]
     weights = [param for param in model.parameters() if param.ndim >= 2]
     rest = [param for param in model.parameters() if not any(param is other for other in (*norms, *weights))]
@@ -135,7 +138,7 @@ def harvest(monitor: fastwrs.Monitor, watched: str, hidden: set[str]) -> list[Re
 
 
 class Run:
-    """A training run with its folder: a checkpoint after each epoch, result.json at the end, weights where asked for."""
+    """A training run with its folder: a checkpoint after each epoch, result.json at the end, weights on request."""
 
     def __init__(self, settings: Settings, data: Data, folder: Path) -> None:
         low, high = settings.classes or (0, data.classes)
@@ -169,8 +172,8 @@ class Run:
         """The whole run, from its checkpoint if there is one. ``progress`` is called after each epoch.
 
         Returns:
-            What result.json has: ``settings``; ``steps``, their number; ``epochs``, a record for each evaluation; ``measured``, one for each
-            step that was measured.
+            What result.json has: ``settings``; ``steps``, their number; ``epochs``, a record for each evaluation;
+            ``measured``, one for each step that was measured.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         checkpoint = self.folder / "checkpoint.pt"
@@ -277,4 +280,4 @@ def _replaced(path: Path) -> Iterator[Path]:
     """A file to write that takes its place at once, when it is complete."""
     part = path.with_name(path.name + ".part")
     yield part
-    os.replace(part, path)  # noqa: PTH105
+    os.replace(part, path)
