@@ -266,7 +266,7 @@ def test_methods_do_what_they_are_called(tmp_path: Path):
     assert sum(decays[every.name].values()) == len(list(runs[every.name].model.parameters()))
     rescaled = [group for group in runs[every.name].optimizer.param_groups if group["rescale"] is not None]
     assert [group["weight_decay"] for group in rescaled] == [0.0]
-    assert len(rescaled[0]["params"]) == 28 + 1  # 25 convolutions on the way, 3 in shortcuts, the head
+    assert len(rescaled[0]["params"]) == 25 + 2 + 1  # on the way, in shortcuts of stride 2, the head
     before, after = (torch.load(tmp_path / wd.name / f"weights-{epoch}.pt") for epoch in (0, 3))
     assert any(not torch.equal(before[name], after[name]) for name in before)
     standardized = [m for m in runs[ws.name].model.modules() if isinstance(m, nn.Conv2d)]
