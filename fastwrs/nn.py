@@ -38,7 +38,7 @@ def weight_standardization(
 
     The two differ where the weights are small: by 40 % at s = 1e-3. A channel whose weights are all equal becomes 0.
     Computed in the weight's dtype, in fp32 for bf16 and fp16. The output channel is dimension 0, for
-    ``ConvTranspose*d`` dimension 1. Make the optimizer afterwards.
+    ``ConvTranspose*d`` dimension 1. Make the optimizer afterwards. Another layer that shares the weight has v.
 
     Args:
         module: a layer; it is changed in place.
@@ -56,7 +56,7 @@ def weight_standardization(
     eps is added to the deviation. pytorch-image-models has it inside the root, of the biased variance.
     """
     where = "weight_standardization"
-    if form not in _STANDARD_EPS:
+    if form not in tuple(_STANDARD_EPS):
         raise ValueError(f"{where}: form must be 'official' or 'timm', got {form!r}")
     number = _STANDARD_EPS[form] if eps is None else checked_real(eps, f"{where}: eps")
     if number < 0:
@@ -81,7 +81,7 @@ def bounded_weight_norm(module: Module, name: str = "weight", form: str = "fixed
     the weight, stays rho. rho is a buffer, and so part of the state dict. A channel of zeros stays zero until a
     gradient moves it. Computed in the weight's dtype, in fp32 for bf16 and fp16. The output channel is dimension 0, for
     ``ConvTranspose*d`` dimension 1. The trained tensors are called as those of torch's ``weight_norm``. Make the
-    optimizer afterwards.
+    optimizer afterwards. Another layer that shares the weight has v.
 
     Args:
         module: a layer; it is changed in place.
@@ -106,6 +106,8 @@ def bounded_weight_norm(module: Module, name: str = "weight", form: str = "fixed
     if number is not None and number <= 0:
         raise ValueError(f"{where}: rho must be > 0, got {rho!r}")
     weight, dims = _checked_weight(module, name, where)
+    if weight.is_meta:
+        raise ValueError(f"{where}: {name!r} (shape {tuple(weight.shape)}) is on the meta device: give it values first")
     norms = torch.linalg.vector_norm(weight.detach().double(), dim=dims)
     if number is None:
         number = float(norms.mean() if form == "fixed" else torch.linalg.vector_norm(norms))

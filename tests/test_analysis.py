@@ -164,7 +164,7 @@ LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "conv": (lambda: nn.Conv2d(3, 5, 3), (4, 3, 7, 6)),
     "padded": (lambda: nn.Conv2d(3, 5, (3, 2), padding=(2, 1), stride=(2, 3)), (4, 3, 9, 8)),
     "dilated": (lambda: nn.Conv2d(2, 5, (3, 2), dilation=(2, 3), padding=1), (4, 2, 9, 8)),
-    "same": (lambda: nn.Conv2d(2, 5, (3, 4), padding="same", dilation=(1, 2)), (4, 2, 6, 7)),
+    "same": (lambda: nn.Conv2d(2, 5, (3, 4), padding="same", dilation=(2, 1)), (4, 2, 6, 7)),
     "valid": (lambda: nn.Conv2d(2, 5, 3, padding="valid"), (4, 2, 6, 7)),
     "grouped": (lambda: nn.Conv2d(6, 4, 3, groups=2, padding=1), (4, 6, 6, 5)),
     "depthwise": (lambda: nn.Conv2d(3, 6, 3, groups=3, padding=1), (4, 3, 6, 5)),
@@ -221,6 +221,21 @@ def batches_of(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, count
     generator = torch.Generator().manual_seed(11)
     spread = torch.linspace(0.5, 2, shape[1]).reshape(-1, *[1] * (len(shape) - 2)) if len(shape) == 4 else 1.0
     return [(torch.randn(shape[0] + k, *shape[1:], generator=generator) * spread + 0.7).to(dtype) for k in range(count)]
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "bf16"])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's, of even kernels
+def test_the_patches_are_those_that_torch_meets(name: str) -> None:
+    """The vectors of this file, times the weights, are the layer's outputs."""
+    make, shape = LAYERS[name]
+    layer, (batch,) = make().double(), batches_of(shape, torch.float64, count=1)
+    outputs = layer(batch).detach()
+    rows = outputs.flatten(0, -2) if isinstance(layer, nn.Linear) else outputs.movedim(1, -1).flatten(0, -2)
+    groups = features(layer, batch)
+    weights = layer.weight.detach().flatten(1).chunk(len(groups))
+    products = torch.cat([torch.stack(hs) @ w.mT for hs, w in zip(groups, weights, strict=True)], dim=1)
+    bias = 0 if layer.bias is None else layer.bias.detach()
+    torch.testing.assert_close(products + bias, rows, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk", [1 << 22, 50], ids=["whole", "in chunks"])

@@ -323,6 +323,8 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "one element per channel",
     ),
+    "form of a list": (lambda: standardize(nn.Linear(3, 2), form=["timm"]), ValueError, "got \\['timm'\\]"),
+    "meta": (lambda: bound(nn.Linear(3, 2, device="meta"), rho=1.0), ValueError, "on the meta device"),
     "all zero": (lambda: bound(zeroed(nn.Linear(3, 2))), ValueError, "norm 0.0 to start from"),
 }
 
