@@ -20,6 +20,7 @@ FIG1 = ("resnet18", "wrn28-10")
 FIG6B = ("wrs", "bwn", "wd", "ws", "ws+wd")
 WINDOWS = ("all", "early", "late")
 STYLES = {"all": "-", "early": "--", "late": ":"}
+ZOOM = 10.0  # percentage points below the best that are shown where curves lie close together
 Curve = tuple[str, str, str]
 
 
@@ -96,17 +97,23 @@ def rows_of(setup: Setup) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def draw(setup: Setup, panel: Any, curves: list[Curve], title: str) -> None:
+def draw(setup: Setup, panel: Any, curves: list[Curve], title: str, zoom: bool = False) -> None:
     """One panel of test accuracies."""
+    best = 0.0
     for curve in curves:
         found = [setup.runs[run(setup, curve, seed)]["epochs"] for seed in setup.seeds(curve[0])]
         epochs = [e["epoch"] for e in found[0] if e["epoch"]]
         values = [[e["test"] for e in one if e["epoch"]] for one in found]
         style = {"color": plots.COLORS[curve[1]], "linestyle": STYLES[curve[2]], "label": name_of(setup, curve)}
+        if curve[:2] == curves[0][:2] and len(curves) == 2:  # the same method in two windows
+            style["color"] = plots.COLORS["wd"] if curve[2] == "all" else "#1f4e79"
         plots.curves(panel, epochs, values, **style)
+        best = max(best, *(value for one in values for value in one))
     plots.milestones(panel, run(setup, curves[0], 0).milestones)
     panel.set(title=title, xlabel="epoch", ylabel="test accuracy (%)")
-    panel.legend(fontsize=8)
+    if zoom:
+        panel.set_ylim(best - ZOOM, best + 0.5)
+    panel.legend(fontsize=8, loc="lower right")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -122,11 +129,12 @@ def main(arguments: list[str] | None = None) -> None:
     note = "bands: least and greatest over seeds; dashed: the learning rate is divided by 10"
     figure, axes = plots.panels(1, len(FIG1), width=5)
     for panel, network in zip(axes[0], FIG1, strict=True):
-        draw(setup, panel, by_panel[f"fig1 {network}"], f"Fig. 1: {setup.scale(network)}, SGDM")
+        draw(setup, panel, by_panel[f"fig1 {network}"], f"Fig. 1: {setup.scale(network)}, SGDM", zoom=True)
     plots.save(figure, setup, "fig1.png", note)
-    figure, axes = plots.panels(1, 2, width=5)
+    figure, axes = plots.panels(1, 3)
     draw(setup, axes[0][0], by_panel["fig6a"], f"Fig. 6a: {setup.scale('vgg16')}, SGDM")
     draw(setup, axes[0][1], by_panel["fig6b"], f"Fig. 6b: {setup.scale('resnet18')}, SGDM")
+    draw(setup, axes[0][2], by_panel["fig6b"], "Fig. 6b, the upper end", zoom=True)
     plots.save(figure, setup, "fig6.png", note)
 
 

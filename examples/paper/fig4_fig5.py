@@ -108,7 +108,9 @@ def plot_betas(setup: Setup, rows: list[dict[str, Any]]) -> None:
             title=f"(a{k + 1}) convolution {layer + 1}", xlabel="epoch", ylabel="$\\beta$ of the generalized Gaussian"
         )
         plots.milestones(panel, run(setup, "wd").milestones)
-        panel.legend(fontsize=7)
+        low, high = panel.get_ylim()
+        panel.set_ylim(low, high + 0.45 * (high - low))  # room for the legend
+        panel.legend(fontsize=7, ncols=2, loc="upper center")
     for k, (panel, space) in enumerate(zip(axes[0][2:], SPACES, strict=True)):
         panel.set(title=f"(b{k + 1}) at the end, {space}", xlabel="convolution", ylabel="$\\beta$")
         panel.legend(fontsize=8)
@@ -125,13 +127,15 @@ def plot_histograms(setup: Setup, bins: list[dict[str, Any]]) -> None:
         for panel, epoch in zip(line, shown, strict=True):
             some = [row for row in bins if (row["method"], row["epoch"]) == (METHODS[method], epoch)]
             x, y = ([row[key] for row in some] for key in ("weight_over_deviation", "density"))
-            panel.fill_between(x, y, step="mid", color=plots.COLORS[method], alpha=0.7)
+            panel.fill_between(x, y, 1e-9, step="mid", color=plots.COLORS[method], alpha=0.7)
+            gaussian = np.exp(-np.square(x) / 2) / np.sqrt(2 * np.pi)
+            panel.plot(x, gaussian, ":", color="black", linewidth=1)
             panel.text(0.97, 0.9, f"$\\beta$ = {some[0]['beta']:.2f}", transform=panel.transAxes, ha="right", va="top")
-            panel.set(title=f"{METHODS[method]}, epoch {epoch}", ylim=(0, 0.75))
+            panel.set(title=f"{METHODS[method]}, epoch {epoch}", ylim=(1e-3, 2), yscale="log")
             panel.set_xlabel("weight / deviation", fontsize=8)
             panel.set_ylabel("density", fontsize=8)
     figure.suptitle(f"Fig. 5: {setup.scale('vgg16')}, SGDM, convolution {LAYERS[0] + 1} after ISP")
-    plots.save(figure, setup, "fig5.png")
+    plots.save(figure, setup, "fig5.png", "dotted: a Gaussian (beta 2)")
 
 
 def main(arguments: list[str] | None = None) -> None:

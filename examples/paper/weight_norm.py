@@ -18,12 +18,12 @@ from common.setup import Setup, parse, text_table
 
 WIDTHS = (512, 1024, 2048)
 SPREADS = {"Fig. 1": 0.5, "Fig. 2": 5.0}
-COLORS = ("#66a61e", "#1b9e77", "#1f4e79")
+STYLES = ({"color": "#e6ab02", "linewidth": 4}, {"color": "#1b9e77", "linewidth": 1.5}, {"color": "#1f4e79"})
 
 
 def run(setup: Setup, spread: float, width: int) -> Settings:
     """One perceptron. The tiny size has narrow ones."""
-    cut = min(1.0, setup.recipe.width["vgg16"] * 1e6)
+    cut = min(1.0, 8 * setup.recipe.width["vgg16"])
     plain = {"lr": 0.001, "weight_decay": 0.0, "augment": False, "evaluate_every": 10**9}
     return setup.settings("wn-mlp", "sgd", "off", 0, width=cut * width / 512, init_spread=spread, **plain)
 
@@ -67,11 +67,11 @@ def main(arguments: list[str] | None = None) -> None:
     print(text_table(short))
     figure, axes = plots.panels(2, 2, width=5)
     for line, (name, spread) in zip(axes, SPREADS.items(), strict=True):
-        for width, color in zip(WIDTHS, COLORS, strict=True):
+        for width, style in zip(WIDTHS, STYLES, strict=True):
             some = [row for row in rows if (row["figure"], row["width"]) == (name, width)]
             steps = [row["step"] for row in some]
-            line[0].plot(steps, [row["minimum_norm"] for row in some], color=color, label=f"m = {width}")
-            line[1].plot(steps, [row["gradient_over_loss"] for row in some], color=color, label=f"m = {width}")
+            line[0].plot(steps, [row["minimum_norm"] for row in some], label=f"m = {width}", **style)
+            line[1].plot(steps, [row["gradient_over_loss"] for row in some], label=f"m = {width}", **style)
         start = f"weights from $\\pm${spread:g}/$\\sqrt{{m}}$"
         line[0].set(title=f"{name}a: least norm, {start}", xlabel="step", ylabel="min over neurons of |W|")
         line[1].set(title=f"{name}b: {start}", xlabel="step", ylabel="|gradient|$^2$ / loss", yscale="log")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,9 @@ def panels(rows: int, columns: int, width: float = 4.2, height: float = 3.2) -> 
 
 def save(figure: Figure, setup: Setup, name: str, note: str = "") -> None:
     """Writes the plot, with what the data are below it."""
-    figure.supxlabel(f"{setup.note()}{'; ' if note else ''}{note}", fontsize=8, color="#555555")
+    text = f"{setup.note()}{'; ' if note else ''}{note}"
+    wrapped = textwrap.fill(text, int(17 * figure.get_figwidth()))
+    figure.supxlabel(wrapped, fontsize=8, color="#555555")
     path = setup.out / name
     figure.savefig(path, dpi=100)
     print(f"wrote {path}")
