@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -31,10 +32,11 @@ SCRIPTS = ("table1", "table2", "fig1_fig6", "fig2", "fig3", "fig4_fig5", "weight
 FOUND = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
-@pytest.fixture(autouse=True)
-def _from_the_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    with one_thread():  # which a run sets
+@pytest.fixture(autouse=True, scope="module")
+def _from_the_folder() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch, one_thread():  # which a run sets
+        patch.setattr(torch.backends.cudnn, "deterministic", torch.backends.cudnn.deterministic)
+        patch.syspath_prepend(str(FOLDER))
         yield
 
 
@@ -219,42 +221,50 @@ def variants() -> list[Any]:
     ]
 
 
-def test_an_interrupted_run_goes_on_with_the_same_bits(tmp_path: Path):
-    train, data = module("common.train"), module("common.data")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """Those runs, trained without an interruption, by their settings."""
+    folder, train = tmp_path_factory.mktemp("whole"), module("common.train")
+    found = {}
     for settings in variants():
-        images = data.load("digits", None, settings.train_images, settings.label_noise)
-        whole = train.Run(settings, images, tmp_path / "whole").train()
+        images = module("common.runs").data_of(settings, None)
+        found[settings] = train.Run(settings, images, folder)
+        found[settings].train()
+    return found
+
+
+def test_an_interrupted_run_goes_on_with_the_same_bits(tmp_path: Path, whole: dict[Any, Any]):
+    train = module("common.train")
+    for settings, run in whole.items():
+        images = module("common.runs").data_of(settings, None)
 
         def stop() -> None:
             raise KeyboardInterrupt
 
         for _ in range(2):  # after the first epoch, and after the second
             with pytest.raises(KeyboardInterrupt):
-                train.Run(settings, images, tmp_path / "parts").train(stop)
-        train.Run(settings, images, tmp_path / "parts").train()
-        names = sorted(path.name for path in (tmp_path / "whole" / settings.name).iterdir())
+                train.Run(settings, images, tmp_path).train(stop)
+        train.Run(settings, images, tmp_path).train()
+        names = sorted(path.name for path in run.folder.iterdir())
         assert names == ["result.json", "weights-0.pt", "weights-2.pt", "weights-3.pt"]
         for name in names:
-            one, other = (tmp_path / part / settings.name / name for part in ("whole", "parts"))
+            one, other = run.folder / name, tmp_path / settings.name / name
             if name.endswith("json"):
                 assert one.read_bytes() == other.read_bytes(), settings.name
             else:
                 pairs = zip(torch.load(one).items(), torch.load(other).items(), strict=True)
                 assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs), (settings.name, name)
-        assert len(whole["measured"]) == 6 and len(whole["epochs"]) == 4
-        assert all(value is not None for record in whole["measured"] for value in record.values())
+        assert len(run.measured) == 6 and len(run.epochs) == 4
+        assert all(value is not None for record in run.measured for value in record.values())
 
 
-def test_methods_do_what_they_are_called(tmp_path: Path):
+def test_methods_do_what_they_are_called(whole: dict[Any, Any]):
     """Rescaled norms are 1 in the window and elsewhere not; what is decayed, and when."""
-    train, data = module("common.train"), module("common.data")
-    wd, wrs, ws, ic, bwn, every = variants()
-    images = data.load("digits", None, wd.train_images, wd.label_noise)
-    runs = {s.name: train.Run(s, images, tmp_path) for s in (wd, wrs, ws, ic, bwn, every)}
-    results = {name: run.train() for name, run in runs.items()}
-    assert all(abs(norm - 1) < 1e-6 for norm in results[every.name]["epochs"][-1]["norms"])
-    assert all(abs(norm - 1) < 1e-6 for norm in results[wrs.name]["epochs"][2]["norms"])  # epoch 2 ends with step 4
-    assert any(abs(norm - 1) > 0.01 for norm in results[wrs.name]["epochs"][1]["norms"])  # before the window
+    wd, wrs, ws, ic, bwn, every = whole
+    runs = {settings.name: run for settings, run in whole.items()}
+    assert all(abs(norm - 1) < 1e-6 for norm in runs[every.name].epochs[-1]["norms"])
+    assert all(abs(norm - 1) < 1e-6 for norm in runs[wrs.name].epochs[2]["norms"])  # epoch 2 ends with step 4
+    assert any(abs(norm - 1) > 0.01 for norm in runs[wrs.name].epochs[1]["norms"])  # before the window
     kernel = runs[ic.name].watched[1]
     norms = torch.linalg.vector_norm(kernel.detach(), dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-6, rtol=0)  # 6 steps, tau 3
@@ -267,7 +277,7 @@ def test_methods_do_what_they_are_called(tmp_path: Path):
     rescaled = [group for group in runs[every.name].optimizer.param_groups if group["rescale"] is not None]
     assert [group["weight_decay"] for group in rescaled] == [0.0]
     assert len(rescaled[0]["params"]) == 25 + 2 + 1  # on the way, in shortcuts of stride 2, the head
-    before, after = (torch.load(tmp_path / wd.name / f"weights-{epoch}.pt") for epoch in (0, 3))
+    before, after = (torch.load(runs[wd.name].folder / f"weights-{epoch}.pt") for epoch in (0, 3))
     assert any(not torch.equal(before[name], after[name]) for name in before)
     standardized = [m for m in runs[ws.name].model.modules() if isinstance(m, nn.Conv2d)]
     for conv in standardized:
@@ -362,6 +372,37 @@ def test_a_script_that_was_killed_writes_the_same_csv(tmp_path: Path):
         one, other = ((tmp_path / part / "digits" / name).read_bytes() for part in ("killed", "whole"))
         assert one == other and one.count(b"\n") > 4
     assert (tmp_path / "killed" / "digits" / "finetune.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_scripts_and_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """They write what they say, and the tables of docs/papers.md are made of it."""
+    for name in SCRIPTS:
+        module(name).main(["--tiny", "--jobs", "1", "--out", str(tmp_path / "out")])
+        said = capsys.readouterr()
+        assert "upsampled from 8 x 8 to 32 x 32" in said.out and "(width 1/128)" in said.out
+        assert ("epoch" in said.err) == (name != "fig4_fig5")  # a bar, unless all runs are there already
+        written = [line.removeprefix("wrote ") for line in said.out.splitlines() if line.startswith("wrote ")]
+        documented = re.findall(r"\b\w+\.(?:csv|png)", module(name).__doc__ or "")
+        assert sorted(Path(path).name for path in written) == sorted(documented), name
+        for path in map(Path, written):
+            assert path.read_bytes().startswith(b"\x89PNG") if path.suffix == ".png" else len(rows(path)) > 0
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    text = (FOLDER.parents[1] / "docs" / "papers.md").read_text(encoding="utf-8")
+    (docs / "papers.md").write_text(text, encoding="utf-8")
+    report = module("report")
+    report.main(["--out", str(tmp_path / "out"), "--docs", str(docs)])
+    made = (docs / "papers.md").read_text(encoding="utf-8")
+    table = re.compile(r"<!-- (\w+) -->\n(.*?)<!-- end -->", re.S)
+    assert table.sub(r"\1", made) == table.sub(r"\1", text)  # the words stay
+    assert {match[1] for match in table.finditer(made)} == set(report.TABLES)
+    for match in table.finditer(made):
+        assert len([line for line in match[2].splitlines() if line.startswith("|")]) >= 3, match[1]
+    (first,) = [row for row in rows(tmp_path / "out" / "digits" / "table2.csv") if row["optimizer"] == "AdamP"][:1]
+    assert f"| AdamP | {float(first['test_accuracy']):.2f} |" in made
+    assert {path.name for path in (docs / "figures").iterdir()} == set(report.PLOTS)
+    with pytest.raises(ValueError, match="table1"):
+        report.filled("no place", tmp_path / "out" / "digits")
 
 
 def test_side_by_side_gives_the_same_as_one_by_one(tmp_path: Path):

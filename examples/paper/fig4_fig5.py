@@ -18,6 +18,7 @@ from common import data as data_sets
 from common import plots
 from common.models import norm_weights
 from common.recipes import METHODS, Settings
+from common.runs import data_of
 from common.setup import Setup, parse, text_table
 from common.train import make_model, weights_file
 from fig1_fig6 import run as long_run
@@ -61,7 +62,7 @@ class Weights:
 def shapes(setup: Setup) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of Fig. 4, beta by method, epoch, layer and space; and of Fig. 5, a row for each bin."""
     first = run(setup, "wd")
-    images = data_sets.load(setup.data, setup.runs.root, first.train_images, first.label_noise)
+    images = data_of(first, setup.runs.root)
     epochs = first.keep_weights
     rows, bins = [], []
     for method, epoch in tqdm([(m, e) for m in COMPARED for e in epochs], desc="projections"):
@@ -110,7 +111,7 @@ def plot_betas(setup: Setup, rows: list[dict[str, Any]]) -> None:
         plots.milestones(panel, run(setup, "wd").milestones)
         low, high = panel.get_ylim()
         panel.set_ylim(low, high + 0.45 * (high - low))  # room for the legend
-        panel.legend(fontsize=7, ncols=2, loc="upper center")
+        panel.legend(fontsize=7, ncols=2, loc="upper center", handlelength=3)
     for k, (panel, space) in enumerate(zip(axes[0][2:], SPACES, strict=True)):
         panel.set(title=f"(b{k + 1}) at the end, {space}", xlabel="convolution", ylabel="$\\beta$")
         panel.legend(fontsize=8)

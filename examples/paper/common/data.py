@@ -85,7 +85,9 @@ def why_missing(name: str, root: Path | None) -> str | None:
 
 
 @cache
-def load(name: str, root: Path | None, train_images: int | None, label_noise: float) -> Data:
+def load(
+    name: str, root: Path | None, train_images: int | None, label_noise: float, test_images: int | None = None
+) -> Data:
     """Reads a data set.
 
     Args:
@@ -93,6 +95,7 @@ def load(name: str, root: Path | None, train_images: int | None, label_noise: fl
         root: the folder with the files; None for digits.
         train_images: so many of the training images, None for all.
         label_noise: this fraction of the training labels is drawn anew, evenly over all classes (the right one too).
+        test_images: so many of the validation and of the test images, None for all.
 
     Raises:
         FileNotFoundError: what :func:`why_missing` says.
@@ -108,7 +111,8 @@ def load(name: str, root: Path | None, train_images: int | None, label_noise: fl
     order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(0))
     held = min(VALIDATION[name], len(order) // 4)
     val, rest = order[:held], order[held:][:train_images]
-    val, train = (Part(train.x[some], train.y[some]) for some in (val, rest))
+    val, train = (Part(train.x[some], train.y[some]) for some in (val[:test_images], rest))
+    test = Part(test.x[:test_images], test.y[:test_images])
     if label_noise:
         generator = torch.Generator().manual_seed(1)
         wrong = torch.rand(len(train.y), generator=generator) < label_noise

@@ -52,6 +52,7 @@ class Settings:
     """In epochs."""
     train_images: int | None
     label_noise: float
+    test_images: int | None
     augment: bool = True
     window: tuple[int, int] | None = None
     """The epochs in which the weights are decayed or rescaled, the first and the one after the last; None for all."""
@@ -99,6 +100,7 @@ class Recipe:
     """How often in a run."""
     train_images: int | None
     label_noise: float
+    test_images: int | None
     width: dict[str, float]
     decay_search: tuple[float, ...]
     tau_search: tuple[int, ...]
@@ -121,6 +123,7 @@ PAPER = Recipe(
     evaluations=200,
     train_images=None,
     label_noise=0.0,
+    test_images=None,
     width={"vgg16": 1, "resnet18": 1, "wrn28-10": 1},
     decay_search=(5e-4, 5e-3, 5e-5),
     tau_search=(10, 20, 30, 40, 50),
@@ -160,9 +163,10 @@ def tiny(recipe: Recipe) -> Recipe:
         recipe,
         epochs=dict.fromkeys(recipe.epochs, 2),
         train_images=50,
+        test_images=50,
         width=dict.fromkeys(recipe.width, 1 / 128),
         seeds=dict.fromkeys(recipe.seeds, 1),
-        evaluations=2,
+        evaluations=1,
         measurements=2,
         perceptron_epochs=2,
         decay_sweep={name: sweep[:1] for name, sweep in recipe.decay_sweep.items()},
@@ -193,6 +197,7 @@ def settings(
         "evaluate_every": max(1, epochs // recipe.evaluations),
         "train_images": recipe.train_images,
         "label_noise": recipe.label_noise,
+        "test_images": recipe.test_images,
         "measure_every": max(1, steps // recipe.measurements),
     }
     unknown = set(changes) - {field.name for field in fields(Settings)}

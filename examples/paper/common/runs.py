@@ -79,8 +79,14 @@ def train_one(settings: Settings, folder: Path, root: Path | None, progress: Cal
     """Trains one run in this process. On a CPU with one thread, so that the bits are the same however many run."""
     if settings.device == "cpu":
         torch.set_num_threads(1)
-    data = data_sets.load(settings.data, root, settings.train_images, settings.label_noise)
-    Run(settings, data, folder).train(progress)
+    torch.backends.cudnn.deterministic = True  # on a GPU, so that a resumed run gives what an uninterrupted one gives
+    Run(settings, data_of(settings, root), folder).train(progress)
+
+
+def data_of(settings: Settings, root: Path | None) -> data_sets.Data:
+    """The data of a run, all classes."""
+    parts = settings.train_images, settings.label_noise, settings.test_images
+    return data_sets.load(settings.data, root, *parts)
 
 
 def _start(queue: Any) -> None:

@@ -102,7 +102,8 @@ def parse(description: str | None, arguments: list[str] | None = None) -> Setup:
     out.mkdir(parents=True, exist_ok=True)
     jobs = options.jobs or (len(os.sched_getaffinity(0)) if device == "cpu" else 1)
     setup = Setup(options.data, recipe, Runs(out, options.root, jobs), out, options.backend, device)
-    print(f"{setup.note()}; on {device}")
+    networks = ", ".join(setup.scale(network) for network in recipe.width)
+    print(f"{setup.note()}; {networks}; on {device}")
     return setup
 
 

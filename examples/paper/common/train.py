@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 import fastwrs
+from fastwrs.optim.base import FusedOptimizer
 
 from . import data as data_sets
 from . import models
@@ -47,7 +48,7 @@ def make_model(settings: Settings, data: Data) -> nn.Sequential:
         elif settings.method == "bwn":
             fastwrs.nn.bounded_weight_norm(module)
     device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
-    return model.to(device, dtype).to(memory_format=torch.channels_last)
+    return model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def make_groups(model: nn.Module, settings: Settings, steps_per_epoch: int) -> list[dict[str, Any]]:
@@ -74,7 +75,7 @@ def make_groups(model: nn.Module, settings: Settings, steps_per_epoch: int) -> l
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
-def make_optimizer(model: nn.Module, settings: Settings, steps_per_epoch: int) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings: Settings, steps_per_epoch: int) -> FusedOptimizer:
     """The optimizer, of the learning rate of the settings."""
     groups, options = make_groups(model, settings, steps_per_epoch), {"lr": settings.lr, "backend": settings.backend}
     if settings.optimizer in ("sgd", "sgdm"):
