@@ -1,4 +1,4 @@
-# make demo | test | bench | sass | triton-full | gpu | lint | format | clean        PYTHON=python3.12 make ... picks another Python (3.10 or newer)
+# make demo | figures | test | bench | sass | triton-full | gpu | lint | format | clean        PYTHON=python3.12 make ... picks another Python (3.10 or newer)
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
@@ -14,12 +14,17 @@ BUILT := $(VENV)/.built$(if $(COMPILER),,-without-compiler)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 unexport PYTHONPATH
 
-.PHONY: demo test bench sass triton-full gpu lint format clean help
+.PHONY: demo figures test bench sass triton-full gpu lint format clean help
 help:
 	@sed -n 1p Makefile
 
 demo: $(BUILT)
 	$(VENV)/bin/python examples/digits/train.py
+
+# Tables and figures of the papers at the small size, docs/papers.md; what was interrupted goes on where it was.
+FIGURES := table1 table2 fig1_fig6 fig2 fig3 fig4_fig5 weight_norm finetune
+figures: $(BUILT)
+	for script in $(FIGURES); do $(VENV)/bin/python examples/paper/$$script.py || exit 1; done
 
 test: $(BUILT) $(VENV)/.tools
 	$(VENV)/bin/python tests/run_lanes.py
@@ -58,7 +63,7 @@ format: $(VENV)/.tools
 	$(VENV)/bin/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastwrs/_C*.so .hypothesis .ruff_cache examples/digits/out
+	rm -rf $(VENV) build dist *.egg-info fastwrs/_C*.so .hypothesis .ruff_cache examples/digits/out examples/paper/out/digits
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Three stamps: what a build needs (pinned torch first), the built package with what the demo needs, the tools of tests.

@@ -1,0 +1,98 @@
+"""A grid of training runs: those that are finished are read, the rest is trained, some side by side."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import data as data_sets
+from .recipes import Settings
+from .train import Record, Run
+
+_QUEUE: Any = None
+
+
+class Runs:
+    """The runs of an output folder. ``runs[settings]`` is the result of a run that :meth:`train` has finished.
+
+    Args:
+        folder: where the runs are kept, a folder for each.
+        root: where the files of the data set are.
+        jobs: how many runs are trained side by side, each in a process of its own; 1 trains in this process.
+    """
+
+    def __init__(self, folder: Path, root: Path | None, jobs: int) -> None:
+        self.folder, self.root, self.jobs = folder / "runs", root, jobs
+        self._found: dict[Settings, Record] = {}
+
+    def __getitem__(self, settings: Settings) -> Record:
+        if settings not in self._found:
+            text = (self.folder / settings.name / "result.json").read_text(encoding="utf-8")
+            self._found[settings] = json.loads(text)
+        return self._found[settings]
+
+    def final(self, settings: Settings, figure: str = "test") -> float:
+        """The last figure of a run: ``test`` or ``val``, accuracies in percent."""
+        return self[settings]["epochs"][-1][figure]
+
+    def train(self, grid: Sequence[Settings], title: str) -> None:
+        """Trains what is not finished yet. What was interrupted goes on where it was."""
+        todo = [s for s in dict.fromkeys(grid) if not (self.folder / s.name / "result.json").exists()]
+        longest_first = sorted(todo, key=lambda s: s.network != "wrn28-10")  # so that no core waits for long at the end
+        with tqdm(total=sum(s.epochs for s in todo), desc=title, unit="epoch", disable=not todo) as bar:
+            if self.jobs == 1 or len(todo) == 1:
+                for settings in longest_first:
+                    train_one(settings, self.folder, self.root, bar.update)
+                    bar.refresh()
+            elif todo:
+                self._side_by_side(longest_first, bar)
+
+    def _side_by_side(self, todo: list[Settings], bar: tqdm) -> None:
+        # Not fork: threads and a GPU that this process uses already would be lost in the children.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "fastwrs", "sklearn.datasets"])  # imported once for all
+        queue = context.SimpleQueue()
+        with ProcessPoolExecutor(self.jobs, context, initializer=_start, initargs=(queue,)) as pool:
+            pending = {pool.submit(_in_process, settings, self.folder, self.root) for settings in todo}
+            try:
+                while pending:
+                    done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                    while not queue.empty():
+                        bar.update(queue.get())
+                    for future in done:
+                        future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            while not queue.empty():
+                bar.update(queue.get())
+
+
+def train_one(settings: Settings, folder: Path, root: Path | None, progress: Callable[[], Any]) -> None:
+    """Trains one run in this process. On a CPU with one thread, so that the bits are the same however many run."""
+    if settings.device == "cpu":
+        torch.set_num_threads(1)
+    torch.backends.cudnn.deterministic = True  # on a GPU, so that a resumed run gives what an uninterrupted one gives
+    Run(settings, data_of(settings, root), folder).train(progress)
+
+
+def data_of(settings: Settings, root: Path | None) -> data_sets.Data:
+    """The data of a run, all classes."""
+    parts = settings.train_images, settings.label_noise, settings.test_images
+    return data_sets.load(settings.data, root, *parts)
+
+
+def _start(queue: Any) -> None:
+    global _QUEUE
+    _QUEUE = queue
+
+
+def _in_process(settings: Settings, folder: Path, root: Path | None) -> None:
+    train_one(settings, folder, root, lambda: _QUEUE.put(1))
