@@ -175,7 +175,7 @@ LANES = (
     Lane("lint", 60, lint),
     Lane("oracle", 60, lambda: pytest_("oracle")),
     Lane("cpu", 180, lambda: pytest_on_two_cores("cpu and not negative_control")),
-    Lane("house", 90, lambda: pytest_on_two_cores(f"not ({OTHERS})")),
+    Lane("house", 150, lambda: pytest_on_two_cores(f"not ({OTHERS})")),
     Lane("sanitizers", 240, sanitizers),
     Lane("negative control", 300, lambda: pytest_("negative_control")),
     Lane("emulated", 420, emulated),
