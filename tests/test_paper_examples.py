@@ -35,7 +35,6 @@ FOUND = sorted(path.stem for path in FOLDER.glob("*.py"))
 @pytest.fixture(autouse=True, scope="module")
 def _from_the_folder() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, one_thread():  # which a run sets
-        patch.setattr(torch.backends.cudnn, "deterministic", torch.backends.cudnn.deterministic)
         patch.syspath_prepend(str(FOLDER))
         yield
 

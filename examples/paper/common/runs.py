@@ -79,8 +79,9 @@ def train_one(settings: Settings, folder: Path, root: Path | None, progress: Cal
     """Trains one run in this process. On a CPU with one thread, so that the bits are the same however many run."""
     if settings.device == "cpu":
         torch.set_num_threads(1)
-    torch.backends.cudnn.deterministic = True  # on a GPU, so that a resumed run gives what an uninterrupted one gives
-    Run(settings, data_of(settings, root), folder).train(progress)
+    # On a GPU, so that a resumed run gives what an uninterrupted one gives.
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        Run(settings, data_of(settings, root), folder).train(progress)
 
 
 def data_of(settings: Settings, root: Path | None) -> data_sets.Data:
