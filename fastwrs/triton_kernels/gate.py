@@ -18,6 +18,7 @@ from fastwrs.triton_kernels.access import (
     VECTOR,
     control_of,
     entry_of,
+    is_last,
     is_skipped,
     leave_sum,
     piece_of,
@@ -284,12 +285,9 @@ def _decide(table, gate, control, COMPUTE: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _decide_if_last(table, gate, control, tensor, COMPUTE: tl.constexpr, SIZE: tl.constexpr):
+def _decide_if_last(table, gate, control, COMPUTE: tl.constexpr, SIZE: tl.constexpr):
     # The last program of a tensor to come finds the sums of all others in the workspace.
-    tl.debug_barrier()  # all threads of this program have left theirs
-    ticket = (table + tl.load(table + words.GATE_TICKETS)).to(tl.pointer_type(tl.int32)) + tensor
-    if tl.atomic_add(ticket, 1) == tl.load(gate + words.PROGRAMS) - 1:
-        tl.store(ticket, 0)
+    if is_last(table, gate, 0, tl.load(gate + words.PROGRAMS)):
         _decide(table, gate, control, COMPUTE, SIZE)
 
 
@@ -303,8 +301,7 @@ def gate_kernel(table, PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: 
     if not is_skipped(table):
         program = tl.program_id(0)
         numbers = (table + tl.load(table + words.GATE_MAP)).to(tl.pointer_type(tl.int32))
-        tensor = tl.load(numbers + program).to(tl.int64)
-        entry = entry_of(table, tensor)
+        entry = entry_of(table, tl.load(numbers + program).to(tl.int64))
         gate = _gate_of(table, entry)
         control = control_of(table, gate, COMPUTE)
         tile = program.to(tl.int64) - tl.load(entry + words.FIRST_GATE)
@@ -326,7 +323,7 @@ def gate_kernel(table, PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: 
                 _flat_tile(table, gate, control, scalars, start, count, tile, ADVANCE, DIRECTION, SLOTS, TYPES, False,
                            False, TILE)  # fmt: skip
         if _is_there(gate):
-            _decide_if_last(table, gate, control, tensor, COMPUTE, TILE // 2)
+            _decide_if_last(table, gate, control, COMPUTE, TILE // 2)
 
 
 @triton.jit
