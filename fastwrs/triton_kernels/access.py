@@ -38,6 +38,15 @@ def entry_of(table, tensor):
 
 
 @triton.jit
+def work_of(table, programs, first):
+    """The entry of the tensor that this program works on, and which of its tiles. Two words: map and first program."""
+    program = tl.program_id(0)
+    tensors = (table + tl.load(table + programs)).to(tl.pointer_type(tl.int32))
+    entry = entry_of(table, tl.load(tensors + program).to(tl.int64))
+    return entry, program.to(tl.int64) - tl.load(entry + first)
+
+
+@triton.jit
 def _walked(table, entry, index, array, ARRAYS: tl.constexpr):
     # Where element `index` of the walk lies in an array.
     dims = table + tl.load(table + words.POOL) + tl.load(entry + words.WALK_AT)

@@ -27,13 +27,13 @@ from fastwrs.triton_kernels.access import (
     places,
     strip_of,
     unscaled,
+    work_of,
 )
 from fastwrs.triton_kernels.gate import update_behind_gate
 from fastwrs.triton_kernels.norms import (
     divided,
-    due,
     group_totals,
-    learning_rate,
+    moment,
     projection_factor,
     write_measured,
     write_measured_of_nothing,
@@ -282,26 +282,33 @@ def _compensated_sum(table, entry, kind, unit, col, there, HEIGHT: tl.constexpr,
 
 
 @triton.jit
-def _finish_if_last(table, entry, control, lr, rescale, shrink, tile, MEASURE: tl.constexpr, HEIGHT: tl.constexpr,
-                    WIDTH: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
-    """Makes factors of the sums of some columns of a unit, if all programs that these lie in have left theirs."""
-    if rescale | shrink | MEASURE:
-        cols, row_tiles = tl.load(entry + words.COLS), tl.load(entry + words.ROW_TILES)
-        strips = tl.cdiv(cols, WIDTH)
-        strip, unit = tile % strips, tile // strips // row_tiles
-        if is_last(table, entry, unit * strips + strip, row_tiles):
-            col = strip * WIDTH + tl.arange(0, WIDTH)
-            there = col < cols
-            kinds: tl.constexpr = 4 if MEASURE else 1
-            norms = ()
-            for k in tl.static_range(kinds):
-                sums = _compensated_sum(table, entry, k, unit, col, there, HEIGHT, WIDTH, COMPUTE)
-                norms = norms + (square_root(sums),)
-            factor = projection_factor(control, lr, rescale, shrink, norms[0], norms[1 if MEASURE else 0])
-            leave_sum(table, entry, kinds, unit * cols + col, factor, there, COMPUTE)
-            if MEASURE:
-                write_measured(table, entry, unit * cols + col, there, factor, rescale, shrink, norms[0], norms[1],
-                               norms[2], norms[3])  # fmt: skip
+def _finish_if_last(table, MEASURE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, COMPUTE: tl.constexpr):
+    """Makes factors of the sums of some columns of a unit in parts, if all programs of these have left theirs.
+
+    What the program has known before is read again here: to keep it meanwhile takes registers from the update.
+    """
+    entry, tile = work_of(table, words.STEP_MAP, words.FIRST_TILE)
+    kind = tl.load(entry + words.KIND)
+    if (kind == words.PARTIAL) | (kind == words.STRIP):
+        control = control_of(table, entry, COMPUTE)
+        lr, _t, rescale, shrink = moment(entry, control)
+        if rescale | shrink | MEASURE:
+            cols, row_tiles = tl.load(entry + words.COLS), tl.load(entry + words.ROW_TILES)
+            strips = tl.cdiv(cols, WIDTH)
+            strip, unit = tile % strips, tile // strips // row_tiles
+            if is_last(table, entry, unit * strips + strip, row_tiles):
+                col = strip * WIDTH + tl.arange(0, WIDTH)
+                there = col < cols
+                kinds: tl.constexpr = 4 if MEASURE else 1
+                norms = ()
+                for k in tl.static_range(kinds):
+                    sums = _compensated_sum(table, entry, k, unit, col, there, HEIGHT, WIDTH, COMPUTE)
+                    norms = norms + (square_root(sums),)
+                factor = projection_factor(control, lr, rescale, shrink, norms[0], norms[1 if MEASURE else 0])
+                leave_sum(table, entry, kinds, unit * cols + col, factor, there, COMPUTE)
+                if MEASURE:
+                    write_measured(table, entry, unit * cols + col, there, factor, rescale, shrink, norms[0], norms[1],
+                                   norms[2], norms[3])  # fmt: skip
 
 
 @triton.jit
@@ -332,15 +339,10 @@ def step_kernel(table, PREPARE: tl.constexpr, UPDATE: tl.constexpr, SLOTS: tl.co
     table = tl.multiple_of(table, 16)
     COMPUTE: tl.constexpr = TYPES[3]
     if not is_skipped(table):
-        program = tl.program_id(0)
-        if program < tl.load(table + words.TILES):
-            numbers = (table + tl.load(table + words.STEP_MAP)).to(tl.pointer_type(tl.int32))
-            entry = entry_of(table, tl.load(numbers + program).to(tl.int64))
+        if tl.program_id(0) < tl.load(table + words.TILES):
+            entry, tile = work_of(table, words.STEP_MAP, words.FIRST_TILE)
             control = control_of(table, entry, COMPUTE)
-            tile = program.to(tl.int64) - tl.load(entry + words.FIRST_TILE)
-            t = tl.load(tl.load(entry + words.STEP).to(tl.pointer_type(tl.float32))).to(COMPUTE) + 1
-            lr = learning_rate(entry, control)
-            rescale, shrink = due(entry, control, lr, t)
+            lr, t, rescale, shrink = moment(entry, control)
             flags, kind, unit = (
                 tl.load(entry + words.FLAG_BITS),
                 tl.load(entry + words.KIND),
@@ -375,8 +377,7 @@ def step_kernel(table, PREPARE: tl.constexpr, UPDATE: tl.constexpr, SLOTS: tl.co
                     else:
                         _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE,
                                    SLOTS, TYPES, GATED, MEASURE, False, False, TILE)  # fmt: skip
-            if (kind == words.PARTIAL) | (kind == words.STRIP):
-                _finish_if_last(table, entry, control, lr, rescale, shrink, tile, MEASURE, HEIGHT, WIDTH, COMPUTE)
+            _finish_if_last(table, MEASURE, HEIGHT, WIDTH, COMPUTE)
         if tl.load(table + words.PROJECT_TILES) == 0:
             _advance_steps(table, TILE)
 
@@ -408,14 +409,8 @@ def project_kernel(table, PARAM: tl.constexpr, COMPUTE: tl.constexpr, SLOTS: tl.
     """Multiplies the weights that fit no tile by the factors of their groups."""
     table = tl.multiple_of(table, 16)
     if not is_skipped(table):
-        program = tl.program_id(0)
-        numbers = (table + tl.load(table + words.PROJECT_MAP)).to(tl.pointer_type(tl.int32))
-        entry = entry_of(table, tl.load(numbers + program).to(tl.int64))
-        control = control_of(table, entry, COMPUTE)
-        tile = program.to(tl.int64) - tl.load(entry + words.FIRST_PROJECT)
-        t = tl.load(tl.load(entry + words.STEP).to(tl.pointer_type(tl.float32))).to(COMPUTE) + 1
-        lr = learning_rate(entry, control)
-        rescale, shrink = due(entry, control, lr, t)
+        entry, tile = work_of(table, words.PROJECT_MAP, words.FIRST_PROJECT)
+        _lr, _t, rescale, shrink = moment(entry, control_of(table, entry, COMPUTE))
         if rescale | shrink:
             kinds: tl.constexpr = 4 if MEASURE else 1
             factors = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(entry + words.PARTIAL_AT)
