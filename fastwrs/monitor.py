@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import compress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -170,7 +171,7 @@ class Monitor:
         layout = self._layouts[rows] = Layout(
             tuple(self._names[param] for param, _ in kept),
             tuple(count for _, count in kept),
-            tuple(param.ndim for param, _ in kept),
+            tuple(param.ndim >= 2 and param.numel() > 0 for param, _ in kept),
         )
         return layout
 
@@ -229,8 +230,9 @@ class Monitor:
     def minimum_norm(self) -> list[Record]:
         """For each step the least weight norm after it over all norm groups: ``step``, ``minimum_norm``, ``name``.
 
-        Over the parameters of two or more dimensions. This is the minimum weight vector norm of Cisneros-Velarde et
-        al., Definition 3.1, where the groups are the output channels.
+        Over the parameters of two or more dimensions that have elements (the groups of one without are empty, and of
+        norm 0). This is the minimum weight vector norm of Cisneros-Velarde et al., Definition 3.1, where the groups are
+        the output channels.
         """
         return export.minimum_norm(self._layer_records(), self._weights())
 
@@ -276,7 +278,7 @@ class Monitor:
 
     def _weights(self) -> set[str]:
         layouts = [part.layout for reading in self._store.all() for part in reading.parts]
-        return {name for layout in layouts for name, ndim in zip(layout.names, layout.ndims, strict=True) if ndim >= 2}
+        return {name for layout in layouts for name in compress(layout.names, layout.weights)}
 
     def _ratios(self) -> list[Record]:
         return self.gradient_over_loss() if any(reading.loss is not None for reading in self._store.all()) else []

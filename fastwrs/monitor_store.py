@@ -18,7 +18,8 @@ class Layout(NamedTuple):
 
     names: tuple[str, ...]
     counts: tuple[int, ...]
-    ndims: tuple[int, ...]
+    weights: tuple[bool, ...]
+    """Which have two or more dimensions, and elements."""
 
 
 class Part(NamedTuple):

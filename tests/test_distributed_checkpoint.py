@@ -26,13 +26,16 @@ pytestmark = [
     pytest.mark.usefixtures("backend"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
-RULES: list[tuple[str, dict[str, Any]]] = [
+OF_TORCH: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"lr": 0.05}),
     ("SGD", {"lr": 0.05, "momentum": 0.9}),
     ("Adam", {"lr": 0.02, "betas": (0.8, 0.9), "amsgrad": True}),
     ("AdamW", {"lr": 0.02, "betas": (0.8, 0.9)}),
 ]
-by_rule = pytest.mark.parametrize(("name", "options"), RULES, ids=str)
+WITH_A_GATE: list[tuple[str, dict[str, Any]]] = [
+    ("AdamP", {"lr": 0.02, "betas": (0.8, 0.9), "delta": 0.5, "nesterov": True}),
+    ("SGDP", {"lr": 0.05, "momentum": 0.9, "delta": 0.5}),
+]
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -62,7 +65,7 @@ def through_folder(saved: dict[str, Any], wanted: dict[str, Any], folder: Path, 
     return wanted
 
 
-@by_rule
+@pytest.mark.parametrize(("name", "options"), OF_TORCH + WITH_A_GATE, ids=str)
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("medium", ["memory", "folder"])
 def test_resuming_continues_bit_for_bit(
@@ -99,7 +102,7 @@ def test_resuming_continues_bit_for_bit(
     assert all(map(torch.equal, network.parameters(), other_network.parameters()))
 
 
-@by_rule
+@pytest.mark.parametrize(("name", "options"), OF_TORCH, ids=str)
 @pytest.mark.parametrize("medium", ["memory", "folder"])
 def test_what_torch_saved_loads(name: str, options: dict[str, Any], medium: str, tmp_path: Path) -> None:
     """By name, from an optimizer of torch with one group into ours with one."""

@@ -227,15 +227,18 @@ def test_reductions_are_those_of_the_channels() -> None:
 def test_the_derived_curves() -> None:
     wide, small = nn.Parameter(torch.full((2, 4), 3.0)), nn.Parameter(torch.tensor([[0.3, 0.4], [6.0, 8.0]]))
     bias = nn.Parameter(torch.zeros(3))
-    optimizer = fastwrs.SGD([{"params": [wide, small]}, {"params": [bias]}], lr=0.0)
-    names = {"wide": wide, "small": small, "bias": bias}
+    empty = nn.Parameter(torch.empty(4, 0))
+    optimizer = fastwrs.SGD([{"params": [wide, empty, small]}, {"params": [bias]}], lr=0.0)
+    names = {"wide": wide, "small": small, "bias": bias, "empty": empty}
     monitor = fastwrs.Monitor(optimizer, every=2, names=names)
     for step in range(1, 5):
         for param in names.values():
             param.grad = torch.full_like(param, float(step))
         monitor.log_loss(torch.tensor(step / 2))
         optimizer.step()
-    # 8 + 4 + 3 elements of the size of the step; a bias is no weight vector, and its norm of 0 does not count
+    # 8 + 4 + 3 elements of the size of the step. Norms of 0 that do not count: that of a bias, which is no weight
+    # vector, and those of weights without elements.
+    assert [monitor.latest()[name]["norm_after"].tolist() for name in ("bias", "empty")] == [[0], [0] * 4]
     least = {"minimum_norm": pytest.approx(0.5), "name": "small"}
     assert monitor.minimum_norm() == [{"step": 2, **least}, {"step": 4, **least}]
     found = monitor.gradient_over_loss()

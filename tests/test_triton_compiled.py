@@ -162,8 +162,8 @@ def test_what_is_a_spill_on_amd(vector: int, stack: int, is_fault: bool) -> None
         "private_segment_fixed_size": stack,
     }
     text = "".join(f"    .{name}: {number}\n" for name, number in numbers.items())
-    finish = Kernel("finish", "sgd", 0, FLOATS, False, False)
-    row = triton_code.read_amd(Row("gfx942", finish), {"amdgcn": text})
+    project = Kernel("project", "sgd", 0, FLOATS, False, False)
+    row = triton_code.read_amd(Row("gfx942", project), {"amdgcn": text + "global_atomic_add"})
     assert (row.registers, row.spills, row.moved, row.stack) == (100, vector, 9, stack)
     assert bool(triton_code.spills(row)) == is_fault
 
@@ -185,9 +185,10 @@ def test_steps_are_advanced_after_all_have_read_them(builds: Builds, target: str
 @pytest.mark.parametrize(
     ("lines", "is_last"),
     [
-        ("st.global a; bar.sync 0; ld.global b; atom.global c", True),
-        ("bar.sync 0; st.global a; atom.global c", False),
-        ("st.global a; atom.global c; bar.sync 0", False),
+        ("st.global a; bar.sync 0; atom.global b; st.global c; bar.sync 0; ld.global d; atom.global e", True),
+        ("st.global a; bar.sync 0; atom.global b; bar.sync 0; st.global c; atom.global d", False),
+        ("st.global a; bar.sync 0; atom.global b; st.global c; atom.global d; bar.sync 0", False),
+        ("bar.sync 0; st.global a; atom.global b; st.global c; bar.sync 0; atom.global d", False),
     ],
 )
 def test_what_takes_its_ticket_last(lines: str, is_last: bool) -> None:

@@ -68,7 +68,7 @@ class Kernel(NamedTuple):
         """
         param, grad, state = self.dtypes
         states = [state] * self.slots
-        if self.kind == "finish" or (self.walk and self.kind != "gate"):
+        if self.walk and self.kind != "gate":
             return [], []
         if self.kind == "project":
             return [param], [param]
@@ -86,7 +86,7 @@ class Kernel(NamedTuple):
 
 
 def every_kernel() -> list[Kernel]:
-    """All that a step can launch. `finish` depends on few of a variant's properties, `project` on some."""
+    """All that a step can launch. `project` depends on some of a variant's properties alone."""
     kernels: dict[tuple[object, ...], Kernel] = {}
     for rule, dtypes, (measure, walk) in product(RULES.values(), DTYPE_TRIPLES, FLAGS):
         for slots in range(sum(slot.when is None for slot in rule.slots), len(rule.slots) + 1):
@@ -94,7 +94,6 @@ def every_kernel() -> list[Kernel]:
             if rule.gated and not measure:
                 kernels[("gate", *variant)] = Kernel("gate", *variant)
             kernels[("step", *variant)] = Kernel("step", *variant)
-            kernels.setdefault(("finish", dtypes[0] == "float64", measure), Kernel("finish", *variant))
             kernels.setdefault(("project", dtypes[0], slots, measure, walk), Kernel("project", *variant))
     return list(kernels.values())
 
@@ -264,13 +263,14 @@ def read_amd(row: Row, code: Mapping[str, Any]) -> Row:
 
 
 def takes_its_ticket_last(row: Row, text: str, barrier: str, atomic: str, store: str) -> bool:
-    """Whether there is a barrier between all else that a program writes and the atomic that says that it is done."""
-    if row.kernel.kind == "finish":
-        return True
-    before, *others = re.split(atomic, text)
-    assert len(others) == 1, f"{len(others)} atomics in {row}"
-    *_, behind = re.split(barrier, before)
-    return behind != before and re.search(store, behind) is None
+    """Whether there is a barrier between all else that a program writes and each atomic that says that it is done.
+
+    A step takes a ticket of what its tile is a part of, and one of the launch.
+    """
+    *parts, _ = re.split(atomic, text)
+    assert len(parts) == (2 if row.kernel.kind == "step" else 1), f"{len(parts)} atomics in {row}"
+    behind = [re.split(barrier, part) for part in parts]
+    return all(len(pieces) > 1 and re.search(store, pieces[-1]) is None for pieces in behind)
 
 
 class Compiler:
@@ -385,7 +385,7 @@ that do not move 16 bytes at a time where memory is contiguous and aligned. `doc
 kernels; `docs/triton-full.log` is what `make triton-full` found with the oldest and the newest Triton.
 
 A kernel is named by its phase, its rule with the number of states, and the dtypes of parameter, gradient and states;
-`finish` and `project` by the dtype of the parameter. `gate` comes before the step of a rule with a gate, and has no
+`project` by the dtype of the parameter. `gate` comes before the step of a rule with a gate, and has no
 variant of its own where norms are measured. Under each target: registers of a thread, of the kernel that is
 launched plainly, for strided tensors, where norms are measured, and for both; what is spilled would follow in brackets.
 On AMD's GPUs the registers are vector registers; scalar registers that do not suffice are kept in some of them, which

@@ -17,15 +17,16 @@ from fastwrs.triton_kernels import table as words
 from fastwrs.triton_kernels.access import (
     VECTOR,
     control_of,
-    entry_of,
+    is_last,
     is_skipped,
     leave_sum,
     piece_of,
     places,
     strip_of,
     unscaled,
+    work_of,
 )
-from fastwrs.triton_kernels.norms import add_up, divided, group_sums, learning_rate
+from fastwrs.triton_kernels.norms import add_up, divided, group_sums, moment
 from fastwrs.triton_kernels.numeric import compensated, quotient, square_root
 
 # The sums of a row, in the order of the workspace: step * weight, gradient * weight, gradient^2, weight^2.
@@ -284,12 +285,9 @@ def _decide(table, gate, control, COMPUTE: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _decide_if_last(table, gate, control, tensor, COMPUTE: tl.constexpr, SIZE: tl.constexpr):
+def _decide_if_last(table, gate, control, COMPUTE: tl.constexpr, SIZE: tl.constexpr):
     # The last program of a tensor to come finds the sums of all others in the workspace.
-    tl.debug_barrier()  # all threads of this program have left theirs
-    ticket = (table + tl.load(table + words.GATE_TICKETS)).to(tl.pointer_type(tl.int32)) + tensor
-    if tl.atomic_add(ticket, 1) == tl.load(gate + words.PROGRAMS) - 1:
-        tl.store(ticket, 0)
+    if is_last(table, gate, 0, tl.load(gate + words.PROGRAMS)):
         _decide(table, gate, control, COMPUTE, SIZE)
 
 
@@ -301,17 +299,12 @@ def gate_kernel(table, PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: 
     table = tl.multiple_of(table, 16)
     COMPUTE: tl.constexpr = TYPES[3]
     if not is_skipped(table):
-        program = tl.program_id(0)
-        numbers = (table + tl.load(table + words.GATE_MAP)).to(tl.pointer_type(tl.int32))
-        tensor = tl.load(numbers + program).to(tl.int64)
-        entry = entry_of(table, tensor)
+        entry, tile = work_of(table, words.GATE_MAP, words.FIRST_GATE)
         gate = _gate_of(table, entry)
         control = control_of(table, gate, COMPUTE)
-        tile = program.to(tl.int64) - tl.load(entry + words.FIRST_GATE)
-        t = tl.load(tl.load(gate + words.STEP).to(tl.pointer_type(tl.float32))).to(COMPUTE) + 1
+        lr, t, _rescale, _shrink = moment(gate, control)
         flags, kind = tl.load(gate + words.FLAG_BITS), tl.load(gate + words.KIND)
-        scalars = PREPARE(control + words.CONTROL_NUMBERS, learning_rate(gate, control), t,
-                          (t == 1) | ((flags & words.FRESH) != 0))  # fmt: skip
+        scalars = PREPARE(control + words.CONTROL_NUMBERS, lr, t, (t == 1) | ((flags & words.FRESH) != 0))
         if kind == words.STRIP:
             _strip_tile(table, gate, control, scalars, tile, ADVANCE, DIRECTION, SLOTS, TYPES, HEIGHT, WIDTH)
         else:
@@ -326,7 +319,7 @@ def gate_kernel(table, PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: 
                 _flat_tile(table, gate, control, scalars, start, count, tile, ADVANCE, DIRECTION, SLOTS, TYPES, False,
                            False, TILE)  # fmt: skip
         if _is_there(gate):
-            _decide_if_last(table, gate, control, tensor, COMPUTE, TILE // 2)
+            _decide_if_last(table, gate, control, COMPUTE, TILE // 2)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """The kernels. A program takes one tile of one tensor: it updates the tile, and where norms are to be set and the tile
 holds whole norm groups it keeps the new weights in registers until their norms are known, so that every array is read
 and written once. Where a group does not fit, ``step_kernel`` writes the weights and leaves sums of squares in the
-workspace, ``finish_kernel`` makes factors of them and ``project_kernel`` scales. A rule with a gate has ``gate_kernel``
-before all of these.
+workspace, of which the last program of a group to come makes its factor, and ``project_kernel`` scales. A rule with a
+gate has ``gate_kernel`` before these.
 
 Whether this step counts (found_inf), rescales or shrinks is decided here, from numbers in device memory.
 """
@@ -20,19 +20,20 @@ from fastwrs.triton_kernels.access import (
     VECTOR,
     control_of,
     entry_of,
+    is_last,
     is_skipped,
     leave_sum,
     piece_of,
     places,
     strip_of,
     unscaled,
+    work_of,
 )
 from fastwrs.triton_kernels.gate import update_behind_gate
 from fastwrs.triton_kernels.norms import (
     divided,
-    due,
     group_totals,
-    learning_rate,
+    moment,
     projection_factor,
     write_measured,
     write_measured_of_nothing,
@@ -258,6 +259,59 @@ def _strip_tile(table, entry, control, scalars, rescale, shrink, tile, UPDATE: t
 
 
 @triton.jit
+def _compensated_sum(table, entry, kind, unit, col, there, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+                     COMPUTE: tl.constexpr):  # fmt: skip
+    # The partial sums of some columns of a unit, in a fixed order, with what rounding loses kept. Of a single column
+    # every lane has a part.
+    cols, row_tiles = tl.load(entry + words.COLS), tl.load(entry + words.ROW_TILES)
+    sums = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(entry + words.PARTIAL_AT)
+    sums += kind * tl.load(entry + words.PER_SUM) + unit * row_tiles * cols
+    one = cols == 1
+    lanes = tl.where(one, WIDTH, 1)
+    lane = tl.where(one, tl.arange(0, WIDTH), 0)[None, :]
+    col, there = tl.where(one, 0, col)[None, :], (there | one)[None, :]
+    total = tl.zeros([HEIGHT, WIDTH], COMPUTE)
+    lost = tl.zeros([HEIGHT, WIDTH], COMPUTE)
+    first = tl.zeros_like(row_tiles)
+    while first < row_tiles:
+        row = first + tl.arange(0, HEIGHT)[:, None] * lanes + lane
+        total, lost = compensated(total, lost, tl.load(sums + row * cols + col, (row < row_tiles) & there, other=0))
+        first += HEIGHT * lanes
+    of_lanes = tl.sum(total, axis=0)
+    return tl.where(one, tl.zeros_like(of_lanes) + tl.sum(of_lanes), of_lanes)
+
+
+@triton.jit
+def _finish_if_last(table, MEASURE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, COMPUTE: tl.constexpr):
+    """Makes factors of the sums of some columns of a unit in parts, if all programs of these have left theirs.
+
+    What the program has known before is read again here: to keep it meanwhile takes registers from the update.
+    """
+    entry, tile = work_of(table, words.STEP_MAP, words.FIRST_TILE)
+    kind = tl.load(entry + words.KIND)
+    if (kind == words.PARTIAL) | (kind == words.STRIP):
+        control = control_of(table, entry, COMPUTE)
+        lr, _t, rescale, shrink = moment(entry, control)
+        if rescale | shrink | MEASURE:
+            cols, row_tiles = tl.load(entry + words.COLS), tl.load(entry + words.ROW_TILES)
+            strips = tl.cdiv(cols, WIDTH)
+            strip, unit = tile % strips, tile // strips // row_tiles
+            if is_last(table, entry, unit * strips + strip, row_tiles):
+                col = strip * WIDTH + tl.arange(0, WIDTH)
+                there = col < cols
+                kinds: tl.constexpr = 4 if MEASURE else 1
+                norms = ()
+                for k in tl.static_range(kinds):
+                    sums = _compensated_sum(table, entry, k, unit, col, there, HEIGHT, WIDTH, COMPUTE)
+                    norms = norms + (square_root(sums),)
+                factor = projection_factor(control, lr, rescale, shrink, norms[0], norms[1 if MEASURE else 0])
+                leave_sum(table, entry, kinds, unit * cols + col, factor, there, COMPUTE)
+                if MEASURE:
+                    write_measured(table, entry, unit * cols + col, there, factor, rescale, shrink, norms[0], norms[1],
+                                   norms[2], norms[3])  # fmt: skip
+
+
+@triton.jit
 def _advance_steps(table, BLOCK: tl.constexpr):
     """The last program to come advances the steps of all tensors: by then every other has read them."""
     tl.debug_barrier()  # all threads of this program have read their step
@@ -285,15 +339,10 @@ def step_kernel(table, PREPARE: tl.constexpr, UPDATE: tl.constexpr, SLOTS: tl.co
     table = tl.multiple_of(table, 16)
     COMPUTE: tl.constexpr = TYPES[3]
     if not is_skipped(table):
-        program = tl.program_id(0)
-        if program < tl.load(table + words.TILES):
-            numbers = (table + tl.load(table + words.STEP_MAP)).to(tl.pointer_type(tl.int32))
-            entry = entry_of(table, tl.load(numbers + program).to(tl.int64))
+        if tl.program_id(0) < tl.load(table + words.TILES):
+            entry, tile = work_of(table, words.STEP_MAP, words.FIRST_TILE)
             control = control_of(table, entry, COMPUTE)
-            tile = program.to(tl.int64) - tl.load(entry + words.FIRST_TILE)
-            t = tl.load(tl.load(entry + words.STEP).to(tl.pointer_type(tl.float32))).to(COMPUTE) + 1
-            lr = learning_rate(entry, control)
-            rescale, shrink = due(entry, control, lr, t)
+            lr, t, rescale, shrink = moment(entry, control)
             flags, kind, unit = (
                 tl.load(entry + words.FLAG_BITS),
                 tl.load(entry + words.KIND),
@@ -328,65 +377,9 @@ def step_kernel(table, PREPARE: tl.constexpr, UPDATE: tl.constexpr, SLOTS: tl.co
                     else:
                         _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE,
                                    SLOTS, TYPES, GATED, MEASURE, False, False, TILE)  # fmt: skip
+            _finish_if_last(table, MEASURE, HEIGHT, WIDTH, COMPUTE)
         if tl.load(table + words.PROJECT_TILES) == 0:
             _advance_steps(table, TILE)
-
-
-@triton.jit
-def _compensated_sum(table, entry, kind, unit, col, there, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-                     COMPUTE: tl.constexpr):  # fmt: skip
-    # The partial sums of some columns of a unit, in a fixed order, with what rounding loses kept. Of a single column
-    # every lane has a part.
-    cols, row_tiles = tl.load(entry + words.COLS), tl.load(entry + words.ROW_TILES)
-    sums = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(entry + words.PARTIAL_AT)
-    sums += kind * tl.load(entry + words.PER_SUM) + unit * row_tiles * cols
-    one = cols == 1
-    lanes = tl.where(one, WIDTH, 1)
-    lane = tl.where(one, tl.arange(0, WIDTH), 0)[None, :]
-    col, there = tl.where(one, 0, col)[None, :], (there | one)[None, :]
-    total = tl.zeros([HEIGHT, WIDTH], COMPUTE)
-    lost = tl.zeros([HEIGHT, WIDTH], COMPUTE)
-    first = tl.zeros_like(row_tiles)
-    while first < row_tiles:
-        row = first + tl.arange(0, HEIGHT)[:, None] * lanes + lane
-        total, lost = compensated(total, lost, tl.load(sums + row * cols + col, (row < row_tiles) & there, other=0))
-        first += HEIGHT * lanes
-    of_lanes = tl.sum(total, axis=0)
-    return tl.where(one, tl.zeros_like(of_lanes) + tl.sum(of_lanes), of_lanes)
-
-
-@triton.jit
-def finish_kernel(table, COMPUTE: tl.constexpr, MEASURE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Makes factors of the partial sums: some columns of one unit for each program."""
-    table = tl.multiple_of(table, 16)
-    if not is_skipped(table):
-        numbers = (table + tl.load(table + words.FINISH_MAP)).to(tl.pointer_type(tl.int32))
-        program = tl.program_id(0)
-        entry = entry_of(table, tl.load(numbers + program).to(tl.int64))
-        control = control_of(table, entry, COMPUTE)
-        tile = program.to(tl.int64) - tl.load(entry + words.FIRST_FINISH)
-        t = tl.load(tl.load(entry + words.STEP).to(tl.pointer_type(tl.float32))).to(COMPUTE) + 1
-        lr = learning_rate(entry, control)
-        rescale, shrink = due(entry, control, lr, t)
-        measured = MEASURE and tl.load(entry + words.MEASURE_AT) >= 0
-        if rescale | shrink | measured:
-            cols = tl.load(entry + words.COLS)
-            strips = tl.cdiv(cols, WIDTH)
-            unit = tile // strips
-            col = tile % strips * WIDTH + tl.arange(0, WIDTH)
-            there = col < cols
-            group = unit * cols + col
-            norm = square_root(_compensated_sum(table, entry, 0, unit, col, there, HEIGHT, WIDTH, COMPUTE))
-            kinds: tl.constexpr = 4 if MEASURE else 1
-            if MEASURE:
-                updated = square_root(_compensated_sum(table, entry, 1, unit, col, there, HEIGHT, WIDTH, COMPUTE))
-                factor = projection_factor(control, lr, rescale, shrink, norm, updated)
-                grad = square_root(_compensated_sum(table, entry, 2, unit, col, there, HEIGHT, WIDTH, COMPUTE))
-                step = square_root(_compensated_sum(table, entry, 3, unit, col, there, HEIGHT, WIDTH, COMPUTE))
-                write_measured(table, entry, group, there, factor, rescale, shrink, norm, updated, grad, step)
-            else:
-                factor = projection_factor(control, lr, rescale, shrink, norm, norm)
-            leave_sum(table, entry, kinds, group, factor, there, COMPUTE)
 
 
 @triton.jit
@@ -416,14 +409,8 @@ def project_kernel(table, PARAM: tl.constexpr, COMPUTE: tl.constexpr, SLOTS: tl.
     """Multiplies the weights that fit no tile by the factors of their groups."""
     table = tl.multiple_of(table, 16)
     if not is_skipped(table):
-        program = tl.program_id(0)
-        numbers = (table + tl.load(table + words.PROJECT_MAP)).to(tl.pointer_type(tl.int32))
-        entry = entry_of(table, tl.load(numbers + program).to(tl.int64))
-        control = control_of(table, entry, COMPUTE)
-        tile = program.to(tl.int64) - tl.load(entry + words.FIRST_PROJECT)
-        t = tl.load(tl.load(entry + words.STEP).to(tl.pointer_type(tl.float32))).to(COMPUTE) + 1
-        lr = learning_rate(entry, control)
-        rescale, shrink = due(entry, control, lr, t)
+        entry, tile = work_of(table, words.PROJECT_MAP, words.FIRST_PROJECT)
+        _lr, _t, rescale, shrink = moment(entry, control_of(table, entry, COMPUTE))
         if rescale | shrink:
             kinds: tl.constexpr = 4 if MEASURE else 1
             factors = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(entry + words.PARTIAL_AT)

@@ -14,8 +14,6 @@ from fastwrs.triton_kernels import gate, kernels
 from fastwrs.triton_kernels.rules import RULES
 
 _TYPES = {"float32": tl.float32, "float64": tl.float64, "bfloat16": tl.bfloat16, "float16": tl.float16}
-FINISH_HEIGHT, FINISH_WIDTH = 128, 16
-"""Partial sums that a program of ``finish_kernel`` reads at a time."""
 
 
 def options_for(backend: str) -> dict[str, Any]:
@@ -39,7 +37,7 @@ class Blocks(NamedTuple):
     """Tiles of one unit that a program holds at most."""
     height: int
     width: int
-    """Rows and columns of a strip."""
+    """Rows and columns of a strip. So many partial sums are read at a time."""
 
 
 class Variant(NamedTuple):
@@ -97,11 +95,6 @@ class Variant(NamedTuple):
         }
         return gate.gate_kernel, constants
 
-    def finish(self) -> tuple[Any, dict[str, Any]]:
-        """The kernel that makes factors of partial sums."""
-        constants = {"COMPUTE": self._compute, "MEASURE": self.measure}
-        return kernels.finish_kernel, constants | {"HEIGHT": FINISH_HEIGHT, "WIDTH": FINISH_WIDTH}
-
     def project(self) -> tuple[Any, dict[str, Any]]:
         """The kernel that scales what fitted no tile."""
         blocks = self.blocks
@@ -132,10 +125,9 @@ def constants_of(rule: str, record: Mapping[str, float]) -> list[float]:
 
 
 class Programs(NamedTuple):
-    """How many programs each launch of a table has: the step, what finishes sums, what scales; a gate before them."""
+    """How many programs each launch of a table has: the step, what scales behind it; a gate before them."""
 
     step: int
-    finish: int
     project: int
     gate: int = 0
 
@@ -176,8 +168,6 @@ def _launches(variant: Variant, tiles: Programs) -> Iterator[tuple[Any, int, dic
     kernel, constants = variant.step()
     yield kernel, max(1, tiles.step), constants
     if tiles.project:
-        kernel, constants = variant.finish()
-        yield kernel, tiles.finish, constants
         kernel, constants = variant.project()
         yield kernel, tiles.project, constants
 

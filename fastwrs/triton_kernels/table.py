@@ -1,8 +1,8 @@
 """How the table in device memory is laid out: 64-bit words, written by ``csrc/triton/table.cpp``, read by the kernels.
 
 First a header, then an entry for each tensor, then a record of numbers for each param group (in the compute type), then
-the pool (dimensions of what is walked by strides, and where measured rows go), then for each launch the tensor that
-each program works on (int32). Both sides name the words in the same order; a test compares.
+the pool (dimensions of what is walked by strides, and where measured rows go), then tickets (int32), then for each
+launch the tensor that each program works on (int32). Both sides name the words in the same order; a test compares.
 """
 
 from __future__ import annotations
@@ -12,21 +12,19 @@ from triton.language import constexpr
 HEADER = (
     "tensors",
     "tiles",  # programs of the step
-    "finish_tiles",
     "project_tiles",
     "gate_tiles",
     "records",  # where these begin, in words
     "record_numbers",  # numbers per record
     "pool",
+    "tickets",  # int32, 0 between launches
     "step_map",
-    "finish_map",
     "project_map",
     "gate_map",
-    "gate_tickets",  # int32, one for each tensor, 0 between launches; of a rule with a gate
     "grad_scale",  # addresses; 0: none
     "found_inf",
     "measured",
-    "ticket",  # int32, 0 between launches
+    "ticket",  # of the launch: int32, 0 between launches
     "workspace",  # partial sums, in the compute type
 )
 ENTRY = (
@@ -45,9 +43,9 @@ ENTRY = (
     "cols",  # of a unit: its norm groups
     "units_per_tile",
     "first_tile",  # of each launch
-    "first_finish",
     "first_project",
     "first_gate",
+    "first_ticket",
     "record",
     "partial",  # where its partial sums begin
     "per_sum",  # partial sums of one kind
@@ -78,17 +76,15 @@ FLAGS = ("fresh", "lr_is_double", "aligned", "grouped")
 (
     TENSORS,
     TILES,
-    FINISH_TILES,
     PROJECT_TILES,
     GATE_TILES,
     RECORDS,
     RECORD_NUMBERS,
     POOL,
+    TICKETS,
     STEP_MAP,
-    FINISH_MAP,
     PROJECT_MAP,
     GATE_MAP,
-    GATE_TICKETS,
     GRAD_SCALE,
     FOUND_INF,
     MEASURED_ROWS,
@@ -111,9 +107,9 @@ FLAGS = ("fresh", "lr_is_double", "aligned", "grouped")
     COLS,
     UNITS_PER_TILE,
     FIRST_TILE,
-    FIRST_FINISH,
     FIRST_PROJECT,
     FIRST_GATE,
+    FIRST_TICKET,
     RECORD,
     PARTIAL_AT,
     PER_SUM,
