@@ -73,7 +73,11 @@ def test_oracle(rule: spec.Rule) -> None:
 @pytest.mark.parametrize("rule", spec.RULES.values(), ids=spec.RULES)
 def test_optimizer(rule: spec.Rule) -> None:
     """Some optimizer runs the rule, and takes what switches its optional slots on."""
-    kinds = [kind for _, kind in inspect.getmembers(fastwrs, inspect.isclass) if getattr(kind, "rule", None) is rule]
+    kinds = [
+        kind
+        for _, kind in inspect.getmembers(fastwrs, inspect.isclass)
+        if rule in (getattr(kind, "rule", None), getattr(kind, "shifted_rule", None))
+    ]
     assert kinds
     for slot in rule.slots:
         assert slot.when is None or any(slot.when in inspect.signature(kind).parameters for kind in kinds)

@@ -156,7 +156,7 @@ void add_measure(const TensorView& view, const Geometry& g, const Sizes& sizes, 
 // the words of a gate. `walked` counts those that have to be walked by strides.
 Cut add_gate(const StepJob& job, size_t i, const Sizes& sizes, const Geometry& updated, int64_t partial, int64_t ticket,
              std::vector<int64_t>& pool, int64_t& walked, Cut& cut) {
-  const TensorView view = view_of_gate(job.tensors[i]);
+  const TensorView view = view_of_rows(job.tensors[i], job.tensors[i].arrays);
   const bool gated = view.reduced != 0;
   const Geometry g = geometry_to_cut(view, gated);
   Cut states = cut_of(job, view, job.steps[i], sizes, gated, true, g, pool);
@@ -204,12 +204,13 @@ void write_map(const int64_t* entries, int64_t tensors, int first, int64_t tiles
 
 }  // namespace
 
-Needs fill_table(const StepJob& job, bool gated, const std::vector<double>& records, int64_t width, const Sizes& sizes,
-                 bool walk, int64_t* table, int64_t room) {
+Needs fill_table(const StepJob& job, const std::vector<double>& records, int64_t width, const Sizes& sizes, bool walk,
+                 int64_t* table, int64_t room) {
   static thread_local std::vector<int64_t> words, pool;
   words.assign(header::kWords, 0);
   pool.clear();
   Needs needs;
+  const bool gated = job.look.kind == Look::kGate;
   int64_t sums = 0, tickets = 0;
   for (size_t i = 0; i < job.tensors.size(); ++i) {
     const TensorView& view = job.tensors[i];

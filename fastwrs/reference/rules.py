@@ -4,7 +4,8 @@ All of them have the same shape. ``w`` and ``g`` are the weights before the step
 if maximizing), ``states`` the moments by name and ``h`` the hyperparameters by name. ``t`` (the step, from 1),
 ``first`` (there is no momentum yet) and ``lr`` are given to all; a rule takes those that it needs. They return
 ``Update(u, decay, states)``, which the step applies as ``w * decay - lr * u``. Without weight decay the weights are not
-looked at, so that a NaN in them stays out of the moments (as in torch). The rules with a gate look at whole tensors.
+looked at, so that a NaN in them stays out of the moments (as in torch). The rules with a gate look at whole tensors,
+that with a shifted L2 term at whole channels.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Update(NamedTuple):
     states: States
     removed: Tensor | None = None
     """What a gate took out of u; None where it was closed, and from rules without one."""
+    added: Tensor | None = None
+    """How large the terms are that shifted L2 added to g: the larger of its two for each element. None: it did not."""
 
 
 def sgd(w: Tensor, g: Tensor, states: States, h: Hypers, *, first: bool, **_: float) -> Update:
@@ -51,6 +54,46 @@ def sgd(w: Tensor, g: Tensor, states: States, h: Hypers, *, first: bool, **_: fl
     buf = g if first else h["momentum"] * states["momentum_buffer"] + (1 - h["dampening"]) * g
     u = g + h["momentum"] * buf if h["nesterov"] else buf
     return Update(u, 1.0, {"momentum_buffer": buf})
+
+
+def shifted_l2(w: Tensor, h: Hypers) -> tuple[Tensor, Tensor] | None:
+    """The two terms of the epsilon-shifted L2 regulariser, whose sum is added to the gradient.
+
+    ::
+
+        lam * (1 - eps / s) * (w - mu)   and   lam * mu
+
+    of each channel (index of dimension 0), with the mean mu and the unbiased standard deviation s of its weights. Where
+    s is 0 (all weights equal) or there is none (a single weight), only the second is left. None for tensors without
+    channels, those of less than two dimensions, and with lam = 0.
+
+    Source: arXiv 1911.05920.
+    """
+    if h["shifted_l2_lam"] == 0 or w.ndim < 2 or w.numel() == 0:
+        return None
+    rest = tuple(range(1, w.ndim))
+    mu = w.mean(dim=rest, keepdim=True)
+    # torch.std goes through the weights one by one, and loses digits by it
+    s = ((w - mu).square().sum(dim=rest, keepdim=True) / (w[0].numel() - 1)).sqrt()
+    equal = w.amax(dim=rest, keepdim=True) == w.amin(dim=rest, keepdim=True)
+    factor = torch.where(equal, 0, 1 - h["shifted_l2_eps"] / s)
+    return h["shifted_l2_lam"] * (factor * (w - mu)), (h["shifted_l2_lam"] * mu).expand(w.shape)
+
+
+def sgd_shifted(w: Tensor, g: Tensor, states: States, h: Hypers, *, first: bool, **_: float) -> Update:
+    """SGD whose gradient gets the epsilon-shifted L2 term of its weights, beside coupled weight decay if there is any.
+
+    ::
+
+        g = g + lam * ((1 - eps / s) * (w - mu) + mu)   mu, s of the channel; then as SGD
+
+    Source: arXiv 1911.05920; ``sgd`` and ``shifted_l2`` above.
+    """
+    terms = shifted_l2(w, h)
+    if terms is None:
+        return sgd(w, g, states, h, first=first)
+    u, decay, new, *_ = sgd(w, g + (terms[0] + terms[1]), states, h, first=first)
+    return Update(u, decay, new, added=torch.maximum(terms[0].abs(), terms[1].abs()))
 
 
 def adam(w: Tensor, g: Tensor, states: States, h: Hypers, *, t: int, lr: float, **_: bool) -> Update:
@@ -160,5 +203,11 @@ def sgdp(w: Tensor, g: Tensor, states: States, h: Hypers, *, lr: float, **_: flo
     return Update(u, decay, {"momentum_buffer": kept}, removed)
 
 
-RULES: dict[str, Callable[..., Update]] = {"sgd": sgd, "adam": adam, "adamp": adamp, "sgdp": sgdp}
+RULES: dict[str, Callable[..., Update]] = {
+    "sgd": sgd,
+    "adam": adam,
+    "adamp": adamp,
+    "sgdp": sgdp,
+    "sgd_shifted": sgd_shifted,
+}
 """The rules by the names that they have in ``fastwrs.spec``."""
