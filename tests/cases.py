@@ -555,6 +555,7 @@ def _add_shifted(add: Callable[..., None], tensor: Callable[..., TensorCase]) ->
     shifted([tensor((k % 7 + 1, k % 5 + 1)) for k in range(30)], "shifted.all", tags="tiny30")
     empty = [TensorCase((3, 0), "out"), TensorCase((0, 4), (0,)), TensorCase((), None)]
     shifted(empty, "shifted", tags="empty")
+    shifted([tensor((9, 33), data="nan_w")], "shifted.lam0", dtypes=DTYPES[0])  # a shift by nothing is none
 
 
 CASES: list[Case] = _make_cases()

@@ -114,7 +114,7 @@ def check(optimizer: Any, before: dict[str, Inputs], figures: dict[str, dict[str
         ("SGD", torch.float32),
         ("SGD", torch.bfloat16),
         *(("AdamW", d) for d in (torch.float32, torch.float64, torch.half)),
-        *((name, d) for name in ("AdamP", "SGDP") for d in (torch.float32, torch.bfloat16)),
+        *((name, d) for name in ("AdamP", "SGDP", "SGD shifted") for d in (torch.float32, torch.bfloat16)),
     ],
     ids=str,
 )
@@ -141,6 +141,7 @@ def test_the_figures_are_the_oracles(name: str, dtype: torch.dtype) -> None:
         ("AdamW", torch.float64),
         ("AdamP", torch.float32),
         ("SGDP", torch.bfloat16),
+        ("SGD shifted", torch.float32),
     ],
     ids=str,
 )

@@ -193,7 +193,7 @@ def left_of(channel: Tensor, lam: float, eps: float) -> list[float]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("first", [1.0, 1.001])
 def test_a_mean_far_above_the_deviation_costs_nothing(first: float, dtype: torch.dtype) -> None:
-    """s is 1e-4, of which sums of weights and of their squares would leave no digit in fp32.
+    """The deviation is 1e-4, of which sums of weights and of their squares would leave no digit in fp32.
 
     Two numbers below 1 are rounded, mu and w - mu, by half an ulp of 1 each, and multiplied by |1 - eps / s| = 9; and
     as much again for the sums, the other factors, and the deviation as fp64 and fp32 see it.
