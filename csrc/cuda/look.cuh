@@ -103,15 +103,15 @@ class LookRows {
   using L = LookOf<kLook>;
 
  public:
-  FASTWRS_DEVICE LookRows(const Header& header, const Entry<kArrays>& entry)
-      : entry_(entry), head_(static_cast<C*>(header.workspace) + entry.workspace) {}
+  FASTWRS_DEVICE LookRows(const Header& header, const Entry<kArrays>& entry) : header_(header), entry_(entry) {}
 
-  FASTWRS_DEVICE C* head() const { return head_; }
+  // Made where it is needed, from constant memory.
+  FASTWRS_DEVICE C* head() const { return static_cast<C*>(header_.workspace) + entry_.workspace; }
   FASTWRS_DEVICE bool in_parts() const { return entry_.kind == TileKind::kPartial; }
   FASTWRS_DEVICE int64_t count() const {
     return in_parts() ? int64_t(entry_.partial.per_sum / entry_.partial.row_tiles) : divide(entry_.numel, entry_.rows);
   }
-  FASTWRS_DEVICE C* sums(int k) const { return head_ + L::kHead + k * count(); }
+  FASTWRS_DEVICE C* sums(int k) const { return head() + L::kHead + k * count(); }
 
   // The sums of a group of this tile: of a row, or of a part of one.
   FASTWRS_DEVICE void leave(int k, uint32_t group, C sum) const {
@@ -148,8 +148,8 @@ class LookRows {
  private:
   FASTWRS_DEVICE C* parts(int k) const { return sums(L::kSums) + k * int64_t(entry_.partial.per_sum); }
 
+  const Header& header_;
   const Entry<kArrays>& entry_;
-  C* head_;
 };
 
 }  // namespace fastwrs::cuda
