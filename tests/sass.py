@@ -456,8 +456,8 @@ def narrow_accesses(code: Code) -> list[str]:
             faults.append(f"{code}: {loop.wide_loads} words are loaded, {words} are a vector of all arrays")
         if loop.wide_stores < vectors * kernel.stored:
             faults.append(f"{code}: {loop.wide_stores} words are stored for {loop.wide_loads} that are loaded")
-        # project_kernel reads a factor for each element, step_kernel the scale of the gradients; and what a look tells of
-        # each element
+        # project_kernel reads a factor for each element, step_kernel the scale of the gradients, and what a look tells
+        # of each element
         asks = kernel.vector * TOLD[RULES[kernel.rule].look] if kernel.phase == "step" else 0
         enough = kernel.vector if kernel.phase == "project" else others + 1 + asks
         if loop.narrow_loads > vectors * enough:
