@@ -96,7 +96,12 @@ def test_triton(rule: spec.Rule) -> None:
     record = Recorder({hyper.name: 0.5 for hyper in rule.record})
     ours.constants(record)
     assert record.read == set(ours.hypers)
-    assert ours.gated == rule.gated == (ours.direction is not None)
+    assert ours.look == rule.look
+    assert rule.gated == (ours.direction is not None) == (ours.advance is not None)
+    if rule.look == "shift":
+        values = {hyper.name: 0.5 for hyper in rule.record}
+        for number, name in enumerate(table.SHIFT_CONTROL):
+            assert ours.constants(values | {f"shifted_l2_{name}": 0.75})[number] == 0.75
     if rule.gated:  # what the gate itself reads comes first
         for number, name in enumerate(table.GATE_CONTROL):
             values = {hyper.name: 0.0 if hyper.flag else 0.5 for hyper in rule.record}

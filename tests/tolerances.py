@@ -8,7 +8,7 @@ formula loses when it is run in the kernel's compute type with the same final ro
 
 - A parameter: ``max(|w before|, |w after|, |lr * u|)``.
 - What a gate takes out of the step (AdamP, SGDP) is one more term of u, and of a state that is projected with it.
-- What shifted L2 adds to the gradient has two terms, of which the larger one counts beside it.
+- What shifted L2 adds to the gradient is a sum of w - mu, its part eps / s, and mu: the largest counts.
 - A state: ``max(|before|, |after of the magnitudes|)``, where the second is the state that the oracle computes from the
   absolute values of all inputs without ``maximize``. Nothing cancels there, so it bounds every term: in
   ``beta1 * m + (1 - beta1) * g`` the gradient may cancel the moment, and with coupled weight decay ``g`` is itself the

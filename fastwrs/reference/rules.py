@@ -30,7 +30,7 @@ class Update(NamedTuple):
     removed: Tensor | None = None
     """What a gate took out of u; None where it was closed, and from rules without one."""
     added: Tensor | None = None
-    """How large the terms are that shifted L2 added to g: the larger of its two for each element. None: it did not."""
+    """The largest of the numbers whose sum shifted L2 added to g. None: it did not."""
 
 
 def sgd(w: Tensor, g: Tensor, states: States, h: Hypers, *, first: bool, **_: float) -> Update:
@@ -57,27 +57,28 @@ def sgd(w: Tensor, g: Tensor, states: States, h: Hypers, *, first: bool, **_: fl
 
 
 def shifted_l2(w: Tensor, h: Hypers) -> tuple[Tensor, Tensor] | None:
-    """The two terms of the epsilon-shifted L2 regulariser, whose sum is added to the gradient.
+    """What the epsilon-shifted L2 regulariser adds to the gradient, and the largest of the numbers that it is a sum of.
 
     ::
 
-        lam * (1 - eps / s) * (w - mu)   and   lam * mu
+        lam * ((1 - eps / s) * (w - mu) + mu)
 
-    of each channel (index of dimension 0), with the mean mu and the unbiased standard deviation s of its weights. Where
-    s is 0 (all weights equal) or there is none (a single weight), only the second is left. None for tensors without
+    with the mean mu and the unbiased standard deviation s of the weights of each channel (index of dimension 0). Where
+    s is 0 (all weights equal) or there is none (a single weight), ``lam * mu`` is left. None for tensors without
     channels, those of less than two dimensions, and with lam = 0.
 
     Source: arXiv 1911.05920.
     """
     if h["shifted_l2_lam"] == 0 or w.ndim < 2 or w.numel() == 0:
         return None
-    rest = tuple(range(1, w.ndim))
+    lam, rest = h["shifted_l2_lam"], tuple(range(1, w.ndim))
     mu = w.mean(dim=rest, keepdim=True)
     # torch.std goes through the weights one by one, and loses digits by it
     s = ((w - mu).square().sum(dim=rest, keepdim=True) / (w[0].numel() - 1)).sqrt()
     equal = w.amax(dim=rest, keepdim=True) == w.amin(dim=rest, keepdim=True)
     factor = torch.where(equal, 0, 1 - h["shifted_l2_eps"] / s)
-    return h["shifted_l2_lam"] * (factor * (w - mu)), (h["shifted_l2_lam"] * mu).expand(w.shape)
+    largest = torch.where(equal, 0, (h["shifted_l2_eps"] / s).clamp(min=1))
+    return lam * (factor * (w - mu) + mu), lam * torch.maximum((largest * (w - mu)).abs(), mu.abs())
 
 
 def sgd_shifted(w: Tensor, g: Tensor, states: States, h: Hypers, *, first: bool, **_: float) -> Update:
@@ -89,11 +90,11 @@ def sgd_shifted(w: Tensor, g: Tensor, states: States, h: Hypers, *, first: bool,
 
     Source: arXiv 1911.05920; ``sgd`` and ``shifted_l2`` above.
     """
-    terms = shifted_l2(w, h)
-    if terms is None:
+    shifted = shifted_l2(w, h)
+    if shifted is None:
         return sgd(w, g, states, h, first=first)
-    u, decay, new, *_ = sgd(w, g + (terms[0] + terms[1]), states, h, first=first)
-    return Update(u, decay, new, added=torch.maximum(terms[0].abs(), terms[1].abs()))
+    u, decay, new, *_ = sgd(w, g + shifted[0], states, h, first=first)
+    return Update(u, decay, new, added=shifted[1])
 
 
 def adam(w: Tensor, g: Tensor, states: States, h: Hypers, *, t: int, lr: float, **_: bool) -> Update:

@@ -28,7 +28,7 @@ class Result:
     removed: Tensor | None
     """What a gate took out of u (AdamP, SGDP)."""
     added: Tensor | None
-    """How large the terms are that shifted L2 added to the gradient (SGD)."""
+    """The largest of the numbers whose sum shifted L2 added to the gradient (SGD)."""
 
 
 def rescale_due(hyper: Mapping[str, float], t: int, lr: float) -> bool:
