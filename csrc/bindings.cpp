@@ -14,6 +14,7 @@
 #include "cpu/engine.h"
 #include "cpu/leaves.h"
 #include "cuda/launch.h"
+#include "norms/looks.h"
 #include "norms/measured.h"
 #include "rules/all.h"
 #include "triton/table.h"
@@ -122,6 +123,7 @@ bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& j
     fail("hyper must hold records of ", record, " numbers, it holds ", a.hyper.size());
   }
   job.slots = int(slots);
+  job.look = look_facts(look_of(job.rule));
 
   std::vector<Number> lrs;
   for (size_t i = 0; i < a.lrs.size(); ++i) {
@@ -167,6 +169,7 @@ bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& j
     }
     rows += set_groups(view, a.axes[i], rows, i);
     job.steps.push_back(tensor_step(a, i, record, lrs, place, kernels));
+    job.steps[i].looks = looks(job.rule, job.steps[i].rule_record);
   }
   for (const int64_t i : a.fresh) {
     if (i < 0 || i >= n) fail("fresh names params[", i, "] but there are ", n);
@@ -268,8 +271,7 @@ void triton_table(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
       }
       const triton::Sizes sizes{given[0], given[1], given[2], given[3]};
       const Words words = words_in(table, "table");
-      needs =
-          triton::fill_table(job, has_gate(job.rule), records, kCommon - 1 + own, sizes, walk, words.data, words.count);
+      needs = triton::fill_table(job, records, kCommon - 1 + own, sizes, walk, words.data, words.count);
     }
   }
   stack[0] = from(needs.words);

@@ -26,7 +26,7 @@ import tolerances
 import torch
 from calls import Call, same
 from cases import CASES as ALL
-from cases import DTYPES, GATED, PROJECTIONS, Case, TensorCase
+from cases import DTYPES, GATED, PROJECTIONS, SHIFTED, Case, TensorCase
 from torch import Tensor
 
 from fastwrs import dispatch
@@ -270,14 +270,14 @@ def _long_columns(shape: tuple[int, ...], option: str, layout: str, project: str
 def _unmeasured() -> list[Case]:
     """What is measured takes other ways: sums of all kinds, and no unit that is longer than a tile.
 
-    Cases of gates are measured or not as they come: of these long rows, and some of the others.
+    Cases of rules that look first are measured or not as they come: of these long rows, and some of the others.
     """
     measured = [case for case in ALL if case.measured]
-    gated = [case for case in measured if case.option in GATED and case.theme == "gate"]
-    single = [case for case in gated if len(case.tensors) == 1 and case.tensors[0].axis != (0,)]
+    looking = [case for case in measured if case.theme in LOOKING]
+    single = [case for case in looking if len(case.tensors) == 1 and case.tensors[0].axis != (0,)]
     long = [case for case in single if math.prod(case.tensors[0].shape[1:]) > 16000]
-    chosen = [*long, *[case for case in gated if case.numel <= 16000 and len(case.tensors) < 9][::6]]
-    cases = [case for case in measured if case not in gated or case in chosen]
+    chosen = [*long, *[case for case in looking if case.numel <= 16000 and len(case.tensors) < 9][::6]]
+    cases = [case for case in measured if case not in looking or case in chosen]
     return [replace(case, measured=False, tags=f"{case.tags}-unmeasured") for case in cases]
 
 
@@ -285,7 +285,10 @@ def _gate(option: str, *tensors: TensorCase, project: str = "rescale", **more: A
     return Case("gates", option, tensors, DTYPES[0], (tuple(PROJECTIONS[project].items()),), measured=False, **more)
 
 
-STRIPS = TensorCase((150, 40), "out", ("tr", "tr", "tr"))
+LOOKING = ("gate", "shift")
+"""Themes of the cases of rules that look at whole tensors first."""
+TURNED = ("tr", "tr", "tr")
+STRIPS = TensorCase((150, 40), "out", TURNED)
 GATES = [
     # Rows in parts, several rows to a tile, none.
     _gate("adamp.open", TensorCase((3, 5000)), TensorCase((40, 9)), TensorCase((11,), None)),
@@ -296,13 +299,26 @@ GATES = [
     _gate(
         "sgdp.nesterov",
         TensorCase((5, 7, 11), (0,), ("odd", "odd", "odd")),
-        TensorCase((9, 30), None, ("tr", "tr", "tr")),
+        TensorCase((9, 30), None, TURNED),
     ),
     # More channels than are looked at together; units longer than a tile; rows with NaN.
     _gate("sgdp.open", TensorCase((2050, 3)), TensorCase((2, 600, 3, 3), "in"), project="rescale2.5"),
     _gate("adamp.open", TensorCase((6, 5, 3, 3), data="nan"), TensorCase((9, 33)), project="none"),
 ]
 """Gates of every kind, for kernels that are broken."""
+SHIFTS = [
+    # Rows in parts, several rows to a tile, one; none.
+    _gate("shifted.mom", TensorCase((3, 5000)), TensorCase((40, 9)), TensorCase((2, 700)), TensorCase((11,), None)),
+    # Rows side by side in memory, walked rows, rows inside of units; scaled gradients.
+    _gate("shifted.nesterov", STRIPS, TensorCase((6, 5, 3, 3), "in", ("cl", "cl", "cl")), grad_scale=4.0),
+    _gate("shifted.all", STRIPS, TensorCase((7, 11, 13), "in", ("gap", "c", "c")), TensorCase((9, 30), None, TURNED)),
+    # More channels than are looked at together; units longer than a tile; rows with NaN, and all alike.
+    _gate("shifted", TensorCase((2050, 3)), TensorCase((2, 600, 3, 3), "in"), project="rescale2.5"),
+    _gate("shifted.mom", TensorCase((6, 5, 3, 3), data="nan_w"), TensorCase((9, 33), data="const"), project="none"),
+    _gate("shifted.all", TensorCase((8, 600), data="narrow"), TensorCase((2, 4000), data="narrow"), project="none"),
+    _gate("shifted.lam0", TensorCase((9, 33), data="nan_w"), project="none"),
+]
+"""Shifts of every kind, for the same."""
 
 TWO_PHASES = (TensorCase((2, 16500)), TensorCase((5, 7)), TensorCase((300, 70), (0,)), TensorCase((130, 140), "tensor"))
 
@@ -317,7 +333,7 @@ PHASES = [
         ("adamp.open", "rescale", False),
     )
 ]
-IN_PARTS = [*PHASES, *GATES]
+IN_PARTS = [*PHASES, *GATES, *SHIFTS]
 """Cases whose sums are left by several programs."""
 
 
@@ -325,6 +341,7 @@ CASES = [
     *ALL,
     *_unmeasured(),
     *GATES,
+    *SHIFTS,
     # Units longer than a tile, of several groups.
     *(
         _long_columns((2, 600, 3, 3), option, layout, project)
@@ -350,9 +367,15 @@ def small_gates() -> list[Case]:
     return [*GATES, *short[::12]]
 
 
+def small_shifts() -> list[Case]:
+    """The same of channels with a shifted L2 term."""
+    short = [case for case in CASES if case.theme == "shift" and len(case.tensors) < 9 and case.numel <= 1500]
+    return [*SHIFTS, *short[::12]]
+
+
 def small_cases() -> list[Case]:
     """All kinds of tiles, axes and arguments of a call, at sizes that take no time."""
-    fp32 = [case for case in CASES if case.dtypes == DTYPES[0] and case.option not in GATED]
+    fp32 = [case for case in CASES if case.dtypes == DTYPES[0] and case.option not in GATED | SHIFTED]
     small = [case for case in fp32 if case.numel <= 3000 and case.theme not in ("data", "fresh")]
     data = [case for case in fp32 if case.theme in ("data", "fresh") and case.numel <= 3000 and not case.measured]
     long = [case for case in fp32 if case.theme == "long" and case.numel <= 2 * 16385 and not case.measured]
@@ -375,11 +398,12 @@ def check_functions() -> None:
 
 
 def main(what: str = "") -> None:
-    """The short lists of cases, and functions by themselves; ``what``: "cases", "gates" or "functions" alone."""
+    """The short lists of cases, and functions by themselves; ``what``: one of the lists, or "functions", alone."""
     torch.set_num_threads(1)
     load()
     chosen = small_cases() if what in ("", "cases") else []
     chosen += small_gates() if what in ("", "gates") else []
+    chosen += small_shifts() if what in ("", "shifts") else []
     for number, each in enumerate(chosen):
         print(number, each.id, flush=True)
         check(each)

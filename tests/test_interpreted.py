@@ -37,7 +37,7 @@ def _interpreter() -> Iterator[None]:
 @pytest.mark.parametrize("case", interpreted.CASES, ids=lambda case: case.id)
 def test_step(case: Case) -> None:
     interpreted.counts()
-    interpreted.check(case, every=5 if case.rule in ("adamp", "sgdp") and len(case.tensors) > 9 else 1)
+    interpreted.check(case, every=5 if case.theme in interpreted.LOOKING and len(case.tensors) > 9 else 1)
     assert interpreted.counts().launches > 0 or not case.tensors
 
 
@@ -141,6 +141,18 @@ def test_bytes_per_parameter_with_a_gate(option: str, kind: str) -> None:
             assert 0 <= moved - bytes_ < 96 * (shape[0] + numel / 2048) / numel, (shape, axis, moved)
 
 
+@pytest.mark.parametrize(("option", "bytes_"), [("shifted", 16), ("shifted.mom", 24), ("shifted.lam0", 20)])
+@pytest.mark.parametrize("kind", ["s", "b"])
+def test_bytes_per_parameter_with_shifted_l2(option: str, bytes_: int, kind: str) -> None:
+    """The weights once more, without lam not even that. Beside them a few sums for each channel and tile."""
+    dtypes, share = (DTYPES[0], 1) if kind == "s" else (DTYPES[3], 2)
+    for shape, axis, more in ((*CONVOLUTIONS[0], 0), (*ROWS[1], 0), (*ROWS[3], 0), (*TWO_PHASES[1], 8)):
+        moved = bytes_per_parameter(option, dtypes, shape, axis, "c")
+        numel = math.prod(shape)
+        most = 96 * (shape[0] + numel / 2048) / numel
+        assert 0 <= moved - (bytes_ + more) / share < most, (shape, axis, moved)
+
+
 # ---- launches -------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +198,13 @@ def test_launches_of_rules_with_a_gate(option: str) -> None:
     for axis in ("tensor", (0,)):
         assert planned("resnet50", option, axis) == (3, 0)
     assert planned("vgg16_bn", option, "out") == (3, 0)
+
+
+def test_launches_of_shifted_l2() -> None:
+    """One more, which walks nothing: it reads the weights alone, and these are dense."""
+    assert planned("resnet50", "shifted.mom", "out") == planned("llama_1b", "shifted", None) == (2, 0)
+    assert planned("resnet50", "shifted.lam0", "out") == (1, 0)
+    assert planned("vgg16_bn", "shifted", "out") == planned("resnet50", "shifted", "tensor") == (3, 0)
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------

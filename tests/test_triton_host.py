@@ -111,6 +111,10 @@ def adamp(params: Any, **more: Any) -> Any:
     return fastwrs.AdamP(params, **({"lr": 0.1, "backend": "triton"} | more))
 
 
+def shifted(params: Any, **more: Any) -> Any:
+    return sgd(params, shifted_l2=(0.1, 0.2), **more)
+
+
 def memory_of(optimizer: Any) -> Any:
     return TRITON._memories[optimizer._workspaces[CPU][-1]]
 
@@ -175,7 +179,7 @@ def change(optimizer: Any, dice: random.Random) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("kind", [sgd, adamp])
+@pytest.mark.parametrize("kind", [sgd, adamp, shifted])
 def test_the_device_has_what_the_host_has(
     device: Device, kind: Callable[..., Any], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,15 +379,19 @@ def test_nothing_is_allocated_between_launches(device: Device, what: str, monkey
 # ---- compilation ----------------------------------------------------------------------------------------------------
 
 
-def test_what_was_compiled_before_is_what_is_launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", ["sgdp", "sgd_shifted"])
+def test_what_was_compiled_before_is_what_is_launched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rule: str
+) -> None:
     """The warm-up compiles with the key that the launch asks for: on another table, it compiles nothing more."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     library.load()
     from triton.runtime import driver
 
-    from fastwrs.triton_kernels import gate, kernels, launch
+    from fastwrs.triton_kernels import gate, kernels, launch, shift
 
-    every_kernel: Any = (gate.gate_kernel, kernels.step_kernel, kernels.project_kernel)
+    first = gate.gate_kernel if rule == "sgdp" else shift.shift_kernel
+    every_kernel: Any = (first, kernels.step_kernel, kernels.project_kernel)
 
     def compiled() -> int:
         return sum(len(caches[0]) for kernel in every_kernel for caches in kernel.device_caches.values())
@@ -395,7 +403,7 @@ def test_what_was_compiled_before_is_what_is_launched(monkeypatch: pytest.Monkey
     monkeypatch.setattr(launch, "_compiled", set())
     for kernel in every_kernel:
         kernel.device_caches.clear()
-    variant = launch.Variant("sgdp", 1, ("float32", "float32", "float32"), False, False)
+    variant = launch.Variant(rule, 1, ("float32", "float32", "float32"), False, False)
     tables = [torch.zeros(words, dtype=torch.int64) for words in (64, 1000)]
     launch.compile_once(variant, tables[0], launch.Programs(5, 3, 2))
     assert compiled() == len(every_kernel)

@@ -56,9 +56,9 @@ class Kernel(NamedTuple):
         return f"{self.kind} {SHORT[self.dtypes[0]]}"
 
     @property
-    def gated(self) -> bool:
-        """Whether its rule has a gate."""
-        return RULES[self.rule].gated
+    def looks(self) -> bool:
+        """Whether its rule looks at whole tensors first."""
+        return RULES[self.rule].look is not None
 
     @property
     def arrays(self) -> tuple[list[str], list[str]]:
@@ -68,11 +68,15 @@ class Kernel(NamedTuple):
         """
         param, grad, state = self.dtypes
         states = [state] * self.slots
-        if self.walk and self.kind != "gate":
+        if self.walk and self.kind not in ("gate", "shift"):
             return [], []
+        if self.kind == "shift":
+            return [param], []
         if self.kind == "project":
             return [param], [param]
-        written = [grad, *states] if self.kind == "gate" else [param, grad, *states[: 1 if self.gated else None]]
+        written = (
+            [grad, *states] if self.kind == "gate" else [param, grad, *states[: 1 if RULES[self.rule].gated else None]]
+        )
         return [param, grad, *states], written
 
     @property
@@ -93,16 +97,18 @@ def every_kernel() -> list[Kernel]:
             variant = (rule.name, slots, dtypes, measure, walk)
             if rule.gated and not measure:
                 kernels[("gate", *variant)] = Kernel("gate", *variant)
+            if rule.look == "shift" and not measure:
+                kernels.setdefault(("shift", dtypes[0], walk), Kernel("shift", *variant))
             kernels[("step", *variant)] = Kernel("step", *variant)
             kernels.setdefault(("project", dtypes[0], slots, measure, walk), Kernel("project", *variant))
     return list(kernels.values())
 
 
 def usual_kernels(target: str) -> list[Kernel]:
-    """For CI: of the rules with a gate those of two triples of dtypes, on AMD's GPUs of the others three."""
-    gated = [("float32", "float32", "float32"), ("bfloat16", "bfloat16", "float32")]
-    others = [*gated, ("float64",) * 3] if target.startswith("gfx") else DTYPE_TRIPLES
-    return [kernel for kernel in every_kernel() if kernel.dtypes in (gated if kernel.gated else others)]
+    """For CI: of the rules that look first those of two triples of dtypes, on AMD's GPUs of the others three."""
+    looking = [("float32", "float32", "float32"), ("bfloat16", "bfloat16", "float32")]
+    others = [*looking, ("float64",) * 3] if target.startswith("gfx") else DTYPE_TRIPLES
+    return [kernel for kernel in every_kernel() if kernel.dtypes in (looking if kernel.looks else others)]
 
 
 class Accesses(NamedTuple):
@@ -189,7 +195,7 @@ def _compile(folder: str, kernel: Kernel, target: str) -> Row:
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     variant = launch.Variant(*kernel[1:])
-    if kernel.kind == "gate":
+    if kernel.kind in ("gate", "shift"):
         variant = variant._replace(gate_walk=kernel.walk)
     function, constants = getattr(variant, kernel.kind)()
     options = launch.options_for(gpu.backend)
@@ -385,11 +391,12 @@ that do not move 16 bytes at a time where memory is contiguous and aligned. `doc
 kernels; `docs/triton-full.log` is what `make triton-full` found with the oldest and the newest Triton.
 
 A kernel is named by its phase, its rule with the number of states, and the dtypes of parameter, gradient and states;
-`project` by the dtype of the parameter. `gate` comes before the step of a rule with a gate, and has no
-variant of its own where norms are measured. Under each target: registers of a thread, of the kernel that is
-launched plainly, for strided tensors, where norms are measured, and for both; what is spilled would follow in brackets.
-On AMD's GPUs the registers are vector registers; scalar registers that do not suffice are kept in some of them, which
-uses no memory and is no spill. Blocks have 256 threads on NVIDIA's GPUs and 512 on AMD's.
+`project` and `shift` by the dtype of the parameter. `gate` comes before the step of a rule with a gate,
+`shift` before that of SGD with shifted L2; they have no variants of their own where norms are measured. Under each
+target: registers of a thread, of the kernel that is launched plainly, for strided tensors, where norms are measured,
+and for both; what is spilled would follow in brackets. On AMD's GPUs the registers are vector registers; scalar
+registers that do not suffice are kept in some of them, which uses no memory and is no spill. Blocks have 256 threads on
+NVIDIA's GPUs and 512 on AMD's.
 
 16 bytes: loads + stores of 16 bytes in the plain kernel and in the one that measures, on NVIDIA's GPUs or on AMD's,
 where a thread has half as many elements. In `step` the plain kernel has two branches with such accesses, the other one.

@@ -5,7 +5,6 @@
 #include <numeric>
 #include <stdexcept>
 
-#include "../norms/gate.h"
 #include "../norms/geometry.h"
 
 namespace fastwrs::triton {
@@ -48,9 +47,6 @@ constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kMostTiles = 0x7fffffff;
 // Norm groups of a unit that is held in registers, each of which costs a pass over these: 9 are a kernel of 3 x 3.
 constexpr int64_t kMostColsHeld = 16;
-// What the workspace holds of each channel behind a gate's sums, and of the whole tensor: what is taken out along the
-// weights, and what the gate has decided.
-constexpr int64_t kDecisionAndAlong = 2;
 
 int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 int64_t address(const void* pointer) { return int64_t(reinterpret_cast<uintptr_t>(pointer)); }
@@ -152,19 +148,21 @@ void add_measure(const TensorView& view, const Geometry& g, const Sizes& sizes, 
   }
 }
 
-// Of a rule with a gate, what its first launch does with a tensor: an entry that is cut by rows of dimension 0, then
-// the words of a gate. `walked` counts those that have to be walked by strides.
-Cut add_gate(const StepJob& job, size_t i, const Sizes& sizes, const Geometry& updated, int64_t partial, int64_t ticket,
+// Of a rule that looks first, what its first launch does with a tensor: an entry that is cut by rows of dimension 0,
+// then the words of a gate. `walked` counts those that have to be walked by strides. Nothing, if there would be no sums
+// to make and no states to change.
+Cut add_look(const StepJob& job, size_t i, const Sizes& sizes, const Geometry& updated, int64_t partial, int64_t ticket,
              std::vector<int64_t>& pool, int64_t& walked, Cut& cut) {
-  const TensorView view = view_of_gate(job.tensors[i]);
-  const bool gated = view.reduced != 0;
-  const Geometry g = geometry_to_cut(view, gated);
-  Cut states = cut_of(job, view, job.steps[i], sizes, gated, true, g, pool);
-  int64_t* e = states.entry;
-  states.sums = 0;
-  states.tickets = 1;
-  int64_t words[gate::kWords] = {updated.channels, updated.channel_inner, states.tiles, 1};
-  if (gated && states.tiles > 0) {
+  const TensorView view = view_of_rows(job.tensors[i], job.look.changes_states ? job.tensors[i].arrays : 1);
+  const bool rows = job.steps[i].looks && view.reduced != 0;
+  if (!rows && !job.look.changes_states) return Cut();
+  const Geometry g = geometry_to_cut(view, rows);
+  Cut look = cut_of(job, view, job.steps[i], sizes, rows, true, g, pool);
+  int64_t* e = look.entry;
+  look.sums = 0;
+  look.tickets = 1;
+  int64_t words[gate::kWords] = {updated.channels, updated.channel_inner, look.tiles, 1};
+  if (rows && look.tiles > 0) {
     const int64_t channels = e[entry::k_groups] = g.groups();
     if (e[entry::k_kind] == kind::k_units) {
       e[entry::k_row_tiles] = 1;
@@ -172,15 +170,15 @@ Cut add_gate(const StepJob& job, size_t i, const Sizes& sizes, const Geometry& u
     }
     int64_t& lanes = words[gate::k_lanes];
     while (2 * lanes <= e[entry::k_row_tiles] && 2 * lanes * channels <= sizes.tile / 2) lanes *= 2;
-    states.sums = kGateSums * e[entry::k_per_sum] + kDecisionAndAlong + channels;
+    look.sums = job.look.sums * e[entry::k_per_sum] + job.look.head + job.look.each * channels;
   }
   e[entry::k_partial] = partial;
   e[entry::k_first_ticket] = ticket;
-  walked += g.strided() && states.tiles > 0;
+  walked += g.strided() && look.tiles > 0;
   cut.entry[entry::k_gate] = int64_t(pool.size());
   pool.insert(pool.end(), e, e + entry::kWords);
   pool.insert(pool.end(), words, words + gate::kWords);
-  return states;
+  return look;
 }
 
 // Numbers in the compute type, two to a word where that is fp32.
@@ -204,12 +202,13 @@ void write_map(const int64_t* entries, int64_t tensors, int first, int64_t tiles
 
 }  // namespace
 
-Needs fill_table(const StepJob& job, bool gated, const std::vector<double>& records, int64_t width, const Sizes& sizes,
-                 bool walk, int64_t* table, int64_t room) {
+Needs fill_table(const StepJob& job, const std::vector<double>& records, int64_t width, const Sizes& sizes, bool walk,
+                 int64_t* table, int64_t room) {
   static thread_local std::vector<int64_t> words, pool;
   words.assign(header::kWords, 0);
   pool.clear();
   Needs needs;
+  const bool looks = job.look.kind != Look::kNone;
   int64_t sums = 0, tickets = 0;
   for (size_t i = 0; i < job.tensors.size(); ++i) {
     const TensorView& view = job.tensors[i];
@@ -232,11 +231,11 @@ Needs fill_table(const StepJob& job, bool gated, const std::vector<double>& reco
     needs.project_tiles += cut.project_tiles;
     tickets += cut.tickets;
     sums += cut.sums;
-    if (gated) {
-      const Cut states = add_gate(job, i, sizes, g, sums, tickets, pool, needs.walked_gates, cut);
-      needs.gate_tiles += states.tiles;
-      tickets += states.tickets;
-      sums += states.sums;
+    if (looks) {
+      const Cut look = add_look(job, i, sizes, g, sums, tickets, pool, needs.walked_gates, cut);
+      needs.gate_tiles += look.tiles;
+      tickets += look.tickets;
+      sums += look.sums;
     }
     ++needs.tensors;
     words.insert(words.end(), cut.entry, cut.entry + entry::kWords);

@@ -28,11 +28,11 @@ struct Needs {
   int64_t walked_gates = 0;  // tensors whose rows of dimension 0 have to be walked
 };
 
-// Brings `table`, of `room` words, up to date; if it is too small nothing is written. `gated`: whether the rule has a
-// gate. `records`: the numbers of each param group, `width` of them, those that every rule has first. `walk`: whether
-// the table is for tensors that have to be walked by strides.
-Needs fill_table(const StepJob& job, bool gated, const std::vector<double>& records, int64_t width, const Sizes& sizes,
-                 bool walk, int64_t* table, int64_t room);
+// Brings `table`, of `room` words, up to date; if it is too small nothing is written. `records`: the numbers of each
+// param group, `width` of them, those that every rule has first. `walk`: whether the table is for tensors that have to
+// be walked by strides.
+Needs fill_table(const StepJob& job, const std::vector<double>& records, int64_t width, const Sizes& sizes, bool walk,
+                 int64_t* table, int64_t room);
 
 // The names of the words, one line for each list of table.py.
 std::string layout();

@@ -26,7 +26,8 @@ from fastwrs.triton_kernels.access import (
     unscaled,
     work_of,
 )
-from fastwrs.triton_kernels.norms import add_up, divided, group_sums, moment
+from fastwrs.triton_kernels.look import channel_of, found_of, look_of, row_totals
+from fastwrs.triton_kernels.norms import divided, group_sums, moment
 from fastwrs.triton_kernels.numeric import compensated, quotient, square_root
 
 # The sums of a row, in the order of the workspace: step * weight, gradient * weight, gradient^2, weight^2.
@@ -35,16 +36,6 @@ SUMS = tl.constexpr(4)
 CLOSED, BY_CHANNEL, WHOLE = (tl.constexpr(k) for k in range(3))
 # Where its decision is behind the sums, what is taken out of the whole tensor, and what of the first channel.
 DECISION, ALONG, ALONG_EACH = (tl.constexpr(k) for k in range(3))
-
-
-@triton.jit
-def _gate_of(table, entry):
-    return table + tl.load(table + words.POOL) + tl.load(entry + words.GATE_AT)
-
-
-@triton.jit
-def _sums_of(table, gate, COMPUTE: tl.constexpr):
-    return tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(gate + words.PARTIAL_AT)
 
 
 @triton.jit
@@ -69,40 +60,17 @@ def _states(table, entry, start, within, mask, SLOTS: tl.constexpr, TYPES: tl.co
 
 
 @triton.jit
-def _advance_by(first, within, size, MOST: tl.constexpr):
-    # Quotient and remainder of first + within by size, where first < size and within < MOST.
-    over = (first + within >= size).to(tl.int32)
-    rest = first + within - over * size
-    if size <= 4 * MOST:
-        over, short = divided((first + within).to(tl.int32), quotient(1.0, size.to(tl.float32)), size.to(tl.int32))
-        rest = short.to(tl.int64)
-    return over, rest
-
-
-@triton.jit
-def _channel_of(gate, start, within):
-    # The index of dimension 0 of elements `start + within`. Of consecutive ones without a division of 64 bits for each.
-    channels, inner = tl.load(gate + words.CHANNELS), tl.load(gate + words.CHANNEL_INNER)
-    if len(within.shape) == 2:
-        return (start + within) // inner % channels
-    else:
-        more, _ = _advance_by(start % inner, within, inner, within.shape[0])
-        _, channel = _advance_by(start // inner % channels, more, channels, within.shape[0])
-        return channel
-
-
-@triton.jit
 def _along_weights(table, entry, start, within, mask, COMPUTE: tl.constexpr):
     # What each element's step loses is this times its weight; and whether the gate is open.
-    gate = _gate_of(table, entry)
+    gate = look_of(table, entry)
     decision = tl.full([], 0, COMPUTE)
     along = tl.zeros(within.shape, COMPUTE)
     if _is_there(gate):
-        decided = _sums_of(table, gate, COMPUTE) + SUMS * tl.load(gate + words.PER_SUM)
+        decided = found_of(table, gate, COMPUTE) + SUMS * tl.load(gate + words.PER_SUM)
         decision = tl.load(decided + DECISION)
         along += tl.load(decided + ALONG)
         if decision == BY_CHANNEL:
-            along = tl.load(decided + ALONG_EACH + _channel_of(gate, start, within), mask, other=0)
+            along = tl.load(decided + ALONG_EACH + channel_of(gate, start, within), mask, other=0)
     return along, decision != CLOSED
 
 
@@ -211,22 +179,6 @@ def _strip_tile(table, gate, control, scalars, tile, ADVANCE: tl.constexpr, DIRE
 
 
 @triton.jit
-def _row_totals(sums, parts, cols, lanes, lane, row, there, COMPUTE: tl.constexpr, SIZE: tl.constexpr):
-    # The sums of some rows, in lane 0 of each, from those of their parts in a fixed order. Either the parts of a row
-    # lie together, or rows do (then there is one unit, and they are its columns).
-    stride = tl.where(cols == 1, parts, 1)
-    nothing = tl.zeros([SIZE], COMPUTE)
-    total, lost = nothing, nothing
-    first = tl.zeros_like(parts)
-    while first < parts:
-        part = first + lane
-        x = tl.load(sums + row * stride + part * cols, there & (part < parts), other=0)
-        total, lost = compensated(total, lost, x)
-        first += lanes
-    return add_up(total, lane, lanes, 1, SIZE)
-
-
-@triton.jit
 def _at_least(x, least):
     return tl.where(x < least, least, x)
 
@@ -250,7 +202,7 @@ def _decide(table, gate, control, COMPUTE: tl.constexpr, SIZE: tl.constexpr):
     delta, eps = tl.load(control + words.DELTA), tl.load(control + words.EPS)
     channels, per_sum = tl.load(gate + words.GROUPS), tl.load(gate + words.PER_SUM)
     parts, cols = tl.load(gate + words.ROW_TILES), tl.load(gate + words.COLS)
-    sums = _sums_of(table, gate, COMPUTE)
+    sums = found_of(table, gate, COMPUTE)
     decided = sums + SUMS * per_sum
     lanes = tl.load(gate + words.LANES).to(tl.int32)
     of_chunk, lane = divided(tl.arange(0, SIZE), quotient(1.0, lanes.to(tl.float32)), lanes)
@@ -264,7 +216,7 @@ def _decide(table, gate, control, COMPUTE: tl.constexpr, SIZE: tl.constexpr):
         there = row < channels
         totals = ()
         for k in tl.static_range(SUMS):
-            total = _row_totals(sums + k * per_sum, parts, cols, lanes, lane, row, there, COMPUTE, SIZE)
+            total = row_totals(sums + k * per_sum, parts, cols, lanes, lane, row, there, COMPUTE, SIZE)
             totals = totals + (total,)
         there = there & (lane == 0)
         closed += (there & ((_cosine(totals, eps) < limit) == 0)).to(tl.int32)
@@ -300,7 +252,7 @@ def gate_kernel(table, PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: 
     COMPUTE: tl.constexpr = TYPES[3]
     if not is_skipped(table):
         entry, tile = work_of(table, words.GATE_MAP, words.FIRST_GATE)
-        gate = _gate_of(table, entry)
+        gate = look_of(table, entry)
         control = control_of(table, gate, COMPUTE)
         lr, t, _rescale, _shrink = moment(gate, control)
         flags, kind = tl.load(gate + words.FLAG_BITS), tl.load(gate + words.KIND)

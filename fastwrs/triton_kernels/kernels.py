@@ -2,7 +2,7 @@
 holds whole norm groups it keeps the new weights in registers until their norms are known, so that every array is read
 and written once. Where a group does not fit, ``step_kernel`` writes the weights and leaves sums of squares in the
 workspace, of which the last program of a group to come makes its factor, and ``project_kernel`` scales. A rule with a
-gate has ``gate_kernel`` before these.
+gate has ``gate_kernel`` before these, one with a shifted L2 term ``shift_kernel``.
 
 Whether this step counts (found_inf), rescales or shrinks is decided here, from numbers in device memory.
 """
@@ -30,6 +30,7 @@ from fastwrs.triton_kernels.access import (
     work_of,
 )
 from fastwrs.triton_kernels.gate import update_behind_gate
+from fastwrs.triton_kernels.look import GATE, SHIFT
 from fastwrs.triton_kernels.norms import (
     divided,
     group_totals,
@@ -39,27 +40,31 @@ from fastwrs.triton_kernels.norms import (
     write_measured_of_nothing,
 )
 from fastwrs.triton_kernels.numeric import compensated, quotient, square_root
+from fastwrs.triton_kernels.shift import with_shift
 
 
 @triton.jit
 def _update(table, entry, control, scalars, start, within, mask, UPDATE: tl.constexpr, SLOTS: tl.constexpr,
-            TYPES: tl.constexpr, GATED: tl.constexpr, MEASURE: tl.constexpr, ALIGNED: tl.constexpr,
+            TYPES: tl.constexpr, LOOK: tl.constexpr, MEASURE: tl.constexpr, ALIGNED: tl.constexpr,
             WALK: tl.constexpr):  # fmt: skip
     """Updates some elements and writes their states. Returns weights before and after, gradient and step.
 
     The gradient is that which the user sees: unscaled, not negated.
     """
-    if GATED:
+    if LOOK == GATE:
         return update_behind_gate(
             table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, MEASURE, ALIGNED, WALK
         )
     else:
-        return _update_at_once(table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, ALIGNED, WALK)
+        return _update_at_once(
+            table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, LOOK, ALIGNED, WALK
+        )
 
 
 @triton.jit
 def _update_at_once(table, entry, control, scalars, start, within, mask, UPDATE: tl.constexpr, SLOTS: tl.constexpr,
-                    TYPES: tl.constexpr, ALIGNED: tl.constexpr, WALK: tl.constexpr):  # fmt: skip
+                    TYPES: tl.constexpr, LOOK: tl.constexpr, ALIGNED: tl.constexpr,
+                    WALK: tl.constexpr):  # fmt: skip
     # All of a step, in one pass over memory.
     ARRAYS: tl.constexpr = 2 + SLOTS
     COMPUTE: tl.constexpr = TYPES[3]
@@ -79,6 +84,8 @@ def _update_at_once(table, entry, control, scalars, start, within, mask, UPDATE:
         s2 = tl.load(a2, mask, other=0).to(COMPUTE)
     grad = unscaled(table, g, grad, mask, True, TYPES[1])
     signed = tl.where(tl.load(control + words.MAXIMIZE) != 0, -grad, grad)
+    if LOOK == SHIFT:
+        signed = with_shift(table, entry, control, start, within, mask, before, signed, COMPUTE)
     after, step, s0, s1, s2 = UPDATE(before, signed, s0, s1, s2, scalars, SLOTS)
     if SLOTS > 0:
         tl.store(a0, s0.to(TYPES[2]), mask)
@@ -91,7 +98,7 @@ def _update_at_once(table, entry, control, scalars, start, within, mask, UPDATE:
 
 @triton.jit
 def _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE: tl.constexpr,
-               SLOTS: tl.constexpr, TYPES: tl.constexpr, GATED: tl.constexpr, MEASURE: tl.constexpr,
+               SLOTS: tl.constexpr, TYPES: tl.constexpr, LOOK: tl.constexpr, MEASURE: tl.constexpr,
                ALIGNED: tl.constexpr, WALK: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """A tile of consecutive elements: whole units, or a part of one unit with one norm group."""
     COMPUTE: tl.constexpr = TYPES[3]
@@ -101,7 +108,7 @@ def _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count
         count = count // VECTOR * VECTOR
     mask = within < count
     p, before, after, grad, step = _update(
-        table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, GATED, MEASURE, ALIGNED, WALK
+        table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, LOOK, MEASURE, ALIGNED, WALK
     )
     kind = tl.load(entry + words.KIND)
     measured = MEASURE and tl.load(entry + words.MEASURE_AT) >= 0
@@ -150,7 +157,7 @@ def _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count
 
 @triton.jit
 def _long_tile(table, entry, control, scalars, lr, rescale, shrink, start, UPDATE: tl.constexpr, SLOTS: tl.constexpr,
-               TYPES: tl.constexpr, GATED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
+               TYPES: tl.constexpr, LOOK: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
                HELD: tl.constexpr):  # fmt: skip
     """One unit of up to HELD tiles, held in registers: of one norm group, or of several that are only rescaled."""
     unit = tl.load(entry + words.UNIT).to(tl.int32)
@@ -165,7 +172,7 @@ def _long_tile(table, entry, control, scalars, lr, rescale, shrink, start, UPDAT
     while k * TILE < unit:
         mask = within < unit - k * TILE
         _p, before, after, _g, _u = _update(table, entry, control, scalars, start + k * TILE, within, mask, UPDATE,
-                                            SLOTS, TYPES, GATED, False, ALIGNED, False)  # fmt: skip
+                                            SLOTS, TYPES, LOOK, False, ALIGNED, False)  # fmt: skip
         after = tl.where(mask, after, 0)
         x = tl.where(shrink, before, after)
         total += tl.sum(x * x)
@@ -233,13 +240,13 @@ def _with_scaled_col(held, factor, within, inverse, cols, col, TILE: tl.constexp
 
 @triton.jit
 def _strip_tile(table, entry, control, scalars, rescale, shrink, tile, UPDATE: tl.constexpr, SLOTS: tl.constexpr,
-                TYPES: tl.constexpr, GATED: tl.constexpr, MEASURE: tl.constexpr, HEIGHT: tl.constexpr,
+                TYPES: tl.constexpr, LOOK: tl.constexpr, MEASURE: tl.constexpr, HEIGHT: tl.constexpr,
                 WIDTH: tl.constexpr):  # fmt: skip
     """Some rows of some columns of one unit: the weights are written at once, sums are left for each column."""
     COMPUTE: tl.constexpr = TYPES[3]
     _unit, start, within, mask, place, col = strip_of(entry, tile, HEIGHT, WIDTH)
     p, before, after, grad, step = _update(
-        table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, GATED, MEASURE, False, False
+        table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, LOOK, MEASURE, False, False
     )
     new = after.to(TYPES[0])
     stored = tl.where(mask, new.to(COMPUTE), 0)
@@ -330,11 +337,12 @@ def _advance_steps(table, BLOCK: tl.constexpr):
 
 @triton.jit
 def step_kernel(table, PREPARE: tl.constexpr, UPDATE: tl.constexpr, SLOTS: tl.constexpr, TYPES: tl.constexpr,
-                GATED: tl.constexpr, MEASURE: tl.constexpr, WALK: tl.constexpr, TILE: tl.constexpr,
+                LOOK: tl.constexpr, MEASURE: tl.constexpr, WALK: tl.constexpr, TILE: tl.constexpr,
                 HELD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """One step of all tensors of a table. TYPES: of parameter, gradient, states, and the compute type.
 
-    GATED: the states have been advanced, and gates have decided: see ``gate_kernel``.
+    LOOK: what has been looked at. GATE: the states have been advanced, and gates have decided, see ``gate_kernel``;
+    SHIFT: slopes and means of all channels are known, see ``shift_kernel``.
     """
     table = tl.multiple_of(table, 16)
     COMPUTE: tl.constexpr = TYPES[3]
@@ -351,16 +359,16 @@ def step_kernel(table, PREPARE: tl.constexpr, UPDATE: tl.constexpr, SLOTS: tl.co
             scalars = PREPARE(control + words.CONTROL_NUMBERS, lr, t, (t == 1) | ((flags & words.FRESH) != 0))
             if kind == words.STRIP:
                 if not WALK:
-                    _strip_tile(table, entry, control, scalars, rescale, shrink, tile, UPDATE, SLOTS, TYPES, GATED,
+                    _strip_tile(table, entry, control, scalars, rescale, shrink, tile, UPDATE, SLOTS, TYPES, LOOK,
                                 MEASURE, HEIGHT, WIDTH)  # fmt: skip
             elif kind == words.LONG:
                 if not (WALK or MEASURE):
                     if ((flags & words.ALIGNED) != 0) & (unit % VECTOR == 0):
                         _long_tile(table, entry, control, scalars, lr, rescale, shrink, tile * unit, UPDATE, SLOTS,
-                                   TYPES, GATED, True, TILE, HELD)  # fmt: skip
+                                   TYPES, LOOK, True, TILE, HELD)  # fmt: skip
                     else:
                         _long_tile(table, entry, control, scalars, lr, rescale, shrink, tile * unit, UPDATE, SLOTS,
-                                   TYPES, GATED, False, TILE, HELD)  # fmt: skip
+                                   TYPES, LOOK, False, TILE, HELD)  # fmt: skip
             elif kind == words.NOTHING:
                 if MEASURE:
                     write_measured_of_nothing(table, entry, tile, TILE)
@@ -369,14 +377,14 @@ def step_kernel(table, PREPARE: tl.constexpr, UPDATE: tl.constexpr, SLOTS: tl.co
                 whole = (start % VECTOR == 0) & (count % VECTOR == 0)
                 if WALK:
                     _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE, SLOTS,
-                               TYPES, GATED, MEASURE, False, True, TILE)  # fmt: skip
+                               TYPES, LOOK, MEASURE, False, True, TILE)  # fmt: skip
                 else:
                     if ((flags & words.ALIGNED) != 0) & whole:
                         _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE,
-                                   SLOTS, TYPES, GATED, MEASURE, True, False, TILE)  # fmt: skip
+                                   SLOTS, TYPES, LOOK, MEASURE, True, False, TILE)  # fmt: skip
                     else:
                         _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE,
-                                   SLOTS, TYPES, GATED, MEASURE, False, False, TILE)  # fmt: skip
+                                   SLOTS, TYPES, LOOK, MEASURE, False, False, TILE)  # fmt: skip
             _finish_if_last(table, MEASURE, HEIGHT, WIDTH, COMPUTE)
         if tl.load(table + words.PROJECT_TILES) == 0:
             _advance_steps(table, TILE)

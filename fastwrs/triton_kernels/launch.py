@@ -10,7 +10,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastwrs.triton_kernels import gate, kernels
+from fastwrs.triton_kernels import gate, kernels, shift
+from fastwrs.triton_kernels.look import LOOKS
 from fastwrs.triton_kernels.rules import RULES
 
 _TYPES = {"float32": tl.float32, "float64": tl.float64, "bfloat16": tl.bfloat16, "float16": tl.float16}
@@ -49,12 +50,7 @@ class Variant(NamedTuple):
     measure: bool
     walk: bool
     gate_walk: bool = False
-    """Whether some tensor's gate has to walk by strides."""
-
-    @property
-    def gated(self) -> bool:
-        """Whether the rule has a gate."""
-        return RULES[self.rule].gated
+    """Whether some tensor has to be walked by strides in the first pass."""
 
     @property
     def blocks(self) -> Blocks:
@@ -69,7 +65,7 @@ class Variant(NamedTuple):
             "UPDATE": rule.update,
             "SLOTS": self.slots,
             "TYPES": self._types,
-            "GATED": self.gated,
+            "LOOK": LOOKS[rule.look],
             "MEASURE": self.measure,
             "WALK": self.walk,
             "TILE": blocks.tile,
@@ -78,6 +74,23 @@ class Variant(NamedTuple):
             "WIDTH": blocks.width,
         }
         return kernels.step_kernel, constants
+
+    def look(self) -> tuple[Any, dict[str, Any]]:
+        """The kernel of the first pass of a rule that looks."""
+        return self.gate() if RULES[self.rule].gated else self.shift()
+
+    def shift(self) -> tuple[Any, dict[str, Any]]:
+        """The kernel of the first pass, if the rule has a shifted L2 term."""
+        blocks = self.blocks
+        constants = {
+            "PARAM": _TYPES[self.dtypes[0]],
+            "COMPUTE": self._compute,
+            "WALK": self.gate_walk,
+            "TILE": blocks.tile,
+            "HEIGHT": blocks.height,
+            "WIDTH": blocks.width,
+        }
+        return shift.shift_kernel, constants
 
     def gate(self) -> tuple[Any, dict[str, Any]]:
         """The kernel of the first pass, if the rule has a gate."""
@@ -163,7 +176,7 @@ def run(kernel: Any, programs: int, table: Tensor, constants: dict[str, Any]) ->
 def _launches(variant: Variant, tiles: Programs) -> Iterator[tuple[Any, int, dict[str, Any]]]:
     """Kernels, programs and constants. The step is launched without tiles too: it advances the step counts."""
     if tiles.gate:
-        kernel, constants = variant.gate()
+        kernel, constants = variant.look()
         yield kernel, tiles.gate, constants
     kernel, constants = variant.step()
     yield kernel, max(1, tiles.step), constants

@@ -61,15 +61,18 @@ GATE = (
     "programs",  # of this tensor
     "lanes",  # that add up the sums of a row, a power of 2
 )
-"""What a gate has in the pool behind an entry of its own, whose units hold whole rows of dimension 0.
+"""What a gate, or another look at a tensor, has in the pool behind an entry of its own, whose units hold whole rows of
+dimension 0.
 
-In the workspace it has its four sums of every part of a row (its entry's ``partial`` and ``per_sum``), then its
-decision, what is taken out of the whole tensor, and what of each row.
+In the workspace it has its sums of every part of a row (its entry's ``partial`` and ``per_sum``), then what was found
+out: a gate's decision, what is taken out of the whole tensor, and what of each row; or the slopes and the means of all.
 """
 CONTROL = ("lr", "maximize", "every", "start", "stop", "target", "rate", "power")
 """The numbers of a record that every rule has; the rule's constants follow."""
 GATE_CONTROL = ("delta", "eps", "nesterov", "project_momentum")
 """The first of a rule's constants, if it has a gate."""
+SHIFT_CONTROL = ("lam", "eps")
+"""The first of a rule's constants, if it has a shifted L2 term."""
 KINDS = ("units", "long", "partial", "strip", "nothing")
 FLAGS = ("fresh", "lr_is_double", "aligned", "grouped")
 
@@ -124,5 +127,6 @@ HEADER_WORDS, ENTRY_WORDS = constexpr(len(HEADER)), constexpr(len(ENTRY))
 LR, MAXIMIZE, EVERY, START, STOP, TARGET, RATE, POWER = map(constexpr, range(len(CONTROL)))
 CONTROL_NUMBERS = constexpr(len(CONTROL))
 DELTA, EPS, NESTEROV, PROJECT_MOMENTUM = map(constexpr, range(len(CONTROL), len(CONTROL) + len(GATE_CONTROL)))
+LAM, SHIFT_EPS = map(constexpr, range(len(CONTROL), len(CONTROL) + len(SHIFT_CONTROL)))
 UNITS, LONG, PARTIAL, STRIP, NOTHING = map(constexpr, range(len(KINDS)))
 FRESH, LR_IS_DOUBLE, ALIGNED, GROUPED = (constexpr(1 << bit) for bit in range(len(FLAGS)))
