@@ -8,9 +8,9 @@
 
 #include "../rules/all.h"
 
-// One loop for each number of elements that is known when it is compiled. Where nothing is optimised, that is only
-// slow.
-#ifdef __OPTIMIZE__
+// One loop for each number of elements that is known when it is compiled. Where speed is not asked for, that is only
+// slow to compile.
+#if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__)
 #define FASTWRS_INLINED __attribute__((always_inline))
 #else
 #define FASTWRS_INLINED
