@@ -10,6 +10,14 @@
 #include "leaf_stores.h"
 #include "leaf_sums.h"
 
+// One loop for each number of elements that is known when it is compiled. Where speed is not asked for, that is only
+// slow to compile.
+#if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__)
+#define FASTWRS_INLINED __attribute__((always_inline))
+#else
+#define FASTWRS_INLINED
+#endif
+
 namespace fastwrs::cpu {
 inline namespace FASTWRS_ISA {
 
@@ -26,8 +34,8 @@ inline void fetch(const T* x) {
 // norms/measured.h. kScale: as many elements of another place are multiplied by a factor; memory is what an update
 // waits for, so that this costs nothing.
 template <class Rule, int kSlots, class P, class G, class S, bool kExtras, int kSets, bool kScale>
-[[gnu::always_inline]] inline void update_run(const UpdateArgs& a, int64_t begin, int64_t n,
-                                              [[maybe_unused]] compute_t<P>* __restrict lanes) {
+FASTWRS_INLINED inline void update_run(const UpdateArgs& a, int64_t begin, int64_t n,
+                                       [[maybe_unused]] compute_t<P>* __restrict lanes) {
   using C = compute_t<P>;
   const auto s = *static_cast<const typename Rule::template Scalars<C>*>(a.scalars);
   const P* __restrict param = static_cast<const P*>(a.param) + begin;
@@ -42,7 +50,7 @@ template <class Rule, int kSlots, class P, class G, class S, bool kExtras, int k
   const bool unscale = a.grad_scale != 0, wants_step = a.step != nullptr;
   const C grad_scale = C(a.grad_scale);
   const C sign = a.maximize ? C(-1) : C(1);
-  const auto at = [&](int64_t i, [[maybe_unused]] int64_t lane) __attribute__((always_inline)) {
+  const auto at = [&](int64_t i, [[maybe_unused]] int64_t lane) FASTWRS_INLINED {
     C w = std::is_same_v<P, C> ? updated[i] : C(widen(param[i]));
     C g = C(widen(grad[i]));
     if (kExtras && unscale) {
