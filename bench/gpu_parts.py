@@ -51,7 +51,7 @@ PROFILED = (
     (record.BILLION, "torch fused"),
     ("resnet50/float32/AdamW/main", record.CUDA),
 )
-KERNELS = {"cuda": ("fastwrs",), "triton": ("gate_kernel", "step_kernel", "finish_kernel", "project_kernel")}
+KERNELS = {"cuda": ("fastwrs",), "triton": ("gate_kernel", "shift_kernel", "step_kernel", "project_kernel")}
 """What the names of our kernels contain."""
 REDUCED = {"cuda": "150", "triton": "240"}
 """Seconds in which cases begin under compute-sanitizer; Triton compiles on the way."""

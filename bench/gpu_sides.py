@@ -144,10 +144,10 @@ def ours(backend: str, axis: str | None) -> Side:
     return Side(f"fastwrs {backend} {name}", lambda work: _fastwrs(work, backend, rescale), axis, decays=(NORM,))
 
 
-def gated(backend: str) -> tuple[Side, ...]:
-    """Ours with a gate, beside which timm's stand."""
+def looking(backend: str) -> tuple[Side, ...]:
+    """Ours that look at whole tensors first: with a gate, beside which timm's stand, and with shifted L2."""
 
-    def make(kind: type[fastwrs.AdamP | fastwrs.SGDP], **options: float) -> Callable[[Work], Step]:
+    def make(kind: type[fastwrs.AdamP | fastwrs.SGDP | fastwrs.SGD], **options: Any) -> Callable[[Work], Step]:
         def step_of(work: Work) -> Step:
             more: dict[str, Any] = {"lr": OPTIONS[work.rule]["lr"], "weight_decay": DECAY} | options
             return kind(work.params, backend=backend, state_dtype=work.precision.states, **more).step
@@ -157,6 +157,12 @@ def gated(backend: str) -> tuple[Side, ...]:
     return (
         Side(f"fastwrs {backend} AdamP", make(fastwrs.AdamP), rules=("AdamW",), formula=False),
         Side(f"fastwrs {backend} SGDP", make(fastwrs.SGDP, momentum=0.9), rules=("SGD",), formula=False),
+        Side(
+            f"fastwrs {backend} SGD, shifted L2",
+            make(fastwrs.SGD, momentum=0.9, shifted_l2=(1e-4, 1e-3)),
+            rules=("SGD",),
+            formula=False,
+        ),
     )
 
 
@@ -262,7 +268,7 @@ def sides(group: str, backends: list[str], convolutions: bool) -> list[Side]:
         return [FUSED, *wrs, COMPILED]
     if group == "others":
         installed = [package for package in _OTHERS if importlib.util.find_spec(package)]
-        ours_too = [side for backend in backends for side in gated(backend)]
+        ours_too = [side for backend in backends for side in looking(backend)]
         return [FUSED, *wrs, *ours_too, *(side for package in installed for side in _OTHERS[package])]
     more = [ours(backend, axis) for backend in backends for axis in (["in"] if convolutions else []) + [None]]
     return [FUSED, *wrs, *more, FOREACH, *LOOPS]

@@ -14,6 +14,7 @@
 #include "cpu/engine.h"
 #include "cpu/leaves.h"
 #include "cuda/launch.h"
+#include "norms/looks.h"
 #include "norms/measured.h"
 #include "rules/all.h"
 #include "triton/table.h"
@@ -122,6 +123,7 @@ bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& j
     fail("hyper must hold records of ", record, " numbers, it holds ", a.hyper.size());
   }
   job.slots = int(slots);
+  job.look = look_facts(look_of(job.rule));
 
   std::vector<Number> lrs;
   for (size_t i = 0; i < a.lrs.size(); ++i) {
@@ -167,6 +169,7 @@ bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& j
     }
     rows += set_groups(view, a.axes[i], rows, i);
     job.steps.push_back(tensor_step(a, i, record, lrs, place, kernels));
+    job.steps[i].looks = looks(job.rule, job.steps[i].rule_record);
   }
   for (const int64_t i : a.fresh) {
     if (i < 0 || i >= n) fail("fresh names params[", i, "] but there are ", n);
@@ -266,22 +269,20 @@ void triton_table(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
         records.insert(records.end(), h + kEvery, h + kCommon);
         records.insert(records.end(), constants.begin() + row * own, constants.begin() + (row + 1) * own);
       }
-      const triton::Sizes sizes{given[0], given[1], given[2], given[3], given[4]};
+      const triton::Sizes sizes{given[0], given[1], given[2], given[3]};
       const Words words = words_in(table, "table");
-      needs =
-          triton::fill_table(job, has_gate(job.rule), records, kCommon - 1 + own, sizes, walk, words.data, words.count);
+      needs = triton::fill_table(job, records, kCommon - 1 + own, sizes, walk, words.data, words.count);
     }
   }
   stack[0] = from(needs.words);
   stack[1] = from(needs.changed);
   stack[2] = from(needs.workspace_bytes);
   stack[3] = from(needs.tiles);
-  stack[4] = from(needs.finish_tiles);
-  stack[5] = from(needs.project_tiles);
-  stack[6] = from(needs.gate_tiles);
-  stack[7] = from(needs.tensors);
-  stack[8] = from(needs.others);
-  stack[9] = from(needs.walked_gates);
+  stack[4] = from(needs.project_tiles);
+  stack[5] = from(needs.gate_tiles);
+  stack[6] = from(needs.tensors);
+  stack[7] = from(needs.others);
+  stack[8] = from(needs.walked_gates);
 }
 
 void triton_layout(StableIValue* stack, uint64_t, uint64_t) { stack[0] = from(triton::layout()); }
@@ -408,7 +409,7 @@ STABLE_TORCH_LIBRARY(fastwrs, m) {
       "triton_table(str rule, Tensor[] params, Tensor[] grads, Tensor[] states, Tensor[] steps, float[] hyper, int[] "
       "groups, int[] axes, int[] fresh, Tensor[] lrs, Tensor? grad_scale, Tensor? found_inf, Tensor? measured, Tensor? "
       "workspace, bool dry_run, float[] constants, int[] sizes, bool walk, Tensor(a!) table) -> (int, int, int, int, "
-      "int, int, int, int, int, int)");
+      "int, int, int, int, int)");
   m.def("triton_layout() -> str");
   m.def("rescale_(Tensor(a!)[] tensors, int[] axes, float target) -> ()");
   m.def("channel_norms(Tensor[] tensors, int[] axes, Tensor(a!) out) -> ()");

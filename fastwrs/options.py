@@ -1,4 +1,4 @@
-"""The options ``Rescale`` and ``Shrink``, and what an axis means for a tensor of a given number of dimensions.
+"""The options ``Rescale``, ``Shrink`` and ``shifted_l2``, and what an axis means for a tensor of so many dimensions.
 
 This module imports nothing of ours.
 """
@@ -95,10 +95,27 @@ class Shrink:
 Option = TypeVar("Option", Rescale, Shrink)
 
 
-def to_plain(option: Rescale | Shrink | None) -> dict[str, Any] | None:
-    """The option as a dict of numbers, strings and lists, which ``torch.load(weights_only=True)`` accepts."""
+def shifted_pair(value: Any) -> tuple[Any, Any]:
+    """``(lam, eps)`` of the option ``shifted_l2``, whatever they are; zeros for None. Bounds are in ``fastwrs.spec``.
+
+    Raises:
+        TypeError, ValueError: it is neither None nor a pair.
+    """
+    if value is None:
+        return 0.0, 0.0
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"Invalid shifted_l2: {value!r}: it must be None or two numbers (lam, eps)")
+    if len(value) != 2:
+        raise ValueError(f"Invalid shifted_l2: {value!r}: it must be None or two numbers (lam, eps)")
+    return value[0], value[1]
+
+
+def to_plain(option: Rescale | Shrink | tuple[Any, Any] | None) -> dict[str, Any] | list[float] | None:
+    """The option as a dict or list of numbers, strings and lists, which ``torch.load(weights_only=True)`` accepts."""
     if option is None:
         return None
+    if isinstance(option, (tuple, list)):
+        return [float(number) for number in option]
     plain = {field.name: getattr(option, field.name) for field in fields(option)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 

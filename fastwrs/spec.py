@@ -64,10 +64,16 @@ class Rule:
     hypers: tuple[Hyper, ...]
     slots: tuple[Slot, ...]
     source: str
-    gated: bool = False
-    """Whether a look at each whole tensor comes before its weights change: states first, then weights."""
+    look: str | None = None
+    """What a look at each whole tensor finds out before its weights change: "gate", whether AdamP's gate is open (the
+    states have been changed by then); "shift", the mean and the standard deviation of every channel. None: no look."""
     counts: bool = True
     """Whether the formula has the step count in it; if not, states without one are those after a first step."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether the rule has AdamP's gate."""
+        return self.look == "gate"
 
     @property
     def record(self) -> tuple[Hyper, ...]:
@@ -105,6 +111,15 @@ _SGD = Rule(
     counts=False,
 )
 
+_SGD_SHIFTED = Rule(
+    name="sgd_shifted",
+    hypers=(*_SGD.hypers, Hyper("shifted_l2_lam", low=0.0), Hyper("shifted_l2_eps", low=0.0)),
+    slots=_SGD.slots,
+    source=f"{_SGD.source}; the epsilon-shifted L2 term of arXiv 1911.05920",
+    look="shift",
+    counts=False,
+)
+
 _ADAM = Rule(
     name="adam",
     hypers=(
@@ -135,7 +150,7 @@ _ADAMP = Rule(
     hypers=(Hyper("beta1", low=0.0, high=1.0), Hyper("beta2", low=0.0, high=1.0), *_GATE),
     slots=(Slot("exp_avg"), Slot("exp_avg_sq")),
     source=_GATE_SOURCE,
-    gated=True,
+    look="gate",
 )
 
 _SGDP = Rule(
@@ -148,11 +163,11 @@ _SGDP = Rule(
     ),
     slots=(Slot("momentum_buffer", elsewhere="momentum"),),
     source=_GATE_SOURCE,
-    gated=True,
+    look="gate",
     counts=False,
 )
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (_SGD, _ADAM, _ADAMP, _SGDP)}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (_SGD, _ADAM, _ADAMP, _SGDP, _SGD_SHIFTED)}
 """All rules by name."""
 
 MEASURED = (

@@ -16,10 +16,11 @@ import random
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from calls import LAYOUTS, Call, group_count, one_thread, place
+from rule_options import ALL_OPTIONS, GATED, OPTIONS, SHIFTED
 from torch import Tensor
 
 from fastwrs.spec import MEASURED, NO_STOP, RULES
@@ -40,7 +41,7 @@ class TensorCase:
     t: int = 3
     fresh: bool = False
     data: str = "plain"
-    """A key of ``DATA``."""
+    """A key of ``DATA``, or of ``NARROW``."""
     row: int = 0
     """Which of the case's hyperparameter records."""
 
@@ -110,73 +111,6 @@ class Case:
             return _build(self, device)
 
 
-class Option(NamedTuple):
-    """An off-default choice of a rule's own hyperparameters."""
-
-    rule: str
-    slots: tuple[str, ...]
-    hyper: dict[str, float]
-
-
-def _sgd(**hyper: float) -> Option:
-    return Option("sgd", ("momentum_buffer",) if hyper.get("momentum") else (), {"lr": 0.05} | hyper)
-
-
-def _adam(*, amsgrad: bool = False, **hyper: float) -> Option:
-    slots = ("exp_avg", "exp_avg_sq") + ("max_exp_avg_sq",) * amsgrad
-    return Option("adam", slots, {"lr": 0.003, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8} | hyper)
-
-
-def _adamp(**hyper: float) -> Option:
-    betas = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
-    return Option("adamp", ("exp_avg", "exp_avg_sq"), {"lr": 0.004, "delta": 0.1, "wd_ratio": 0.1} | betas | hyper)
-
-
-def _sgdp(**hyper: float) -> Option:
-    gate = {"delta": 0.1, "wd_ratio": 0.1, "eps": 1e-8, "project_momentum": 1}
-    return Option("sgdp", ("momentum_buffer",), {"lr": 0.05, "momentum": 0.9} | gate | hyper)
-
-
-OPTIONS: dict[str, Option] = {
-    "sgd": _sgd(),
-    "sgd.wd.max": _sgd(weight_decay=0.03, maximize=1),
-    "sgd.mom": _sgd(momentum=0.9),
-    "sgd.mom.damp": _sgd(momentum=0.8, dampening=0.3),
-    "sgd.mom.wd": _sgd(momentum=0.9, weight_decay=0.05, lr=0.02),
-    "sgd.nesterov": _sgd(momentum=0.7, nesterov=1),
-    "sgd.nesterov.wd": _sgd(momentum=0.9, nesterov=1, weight_decay=0.02),
-    "sgd.all": _sgd(momentum=0.6, dampening=0.1, weight_decay=0.07, maximize=1, lr=0.11),
-    "adam": _adam(),
-    "adam.wd": _adam(weight_decay=0.04, beta1=0.85),
-    "adam.ams.max": _adam(amsgrad=True, maximize=1, beta2=0.95),
-    "adam.betas.eps": _adam(beta1=0.5, beta2=0.9, eps=1e-3),
-    "adam.beta0": _adam(beta1=0.0, beta2=0.5, weight_decay=0.01),
-    "adam.all": _adam(amsgrad=True, maximize=1, weight_decay=0.06, beta1=0.7, beta2=0.98, eps=1e-5, lr=0.01),
-    "adamw": _adam(decoupled_weight_decay=1, weight_decay=0.1),
-    "adamw.ams": _adam(decoupled_weight_decay=1, weight_decay=0.3, amsgrad=True, beta2=0.97),
-    "adamw.max": _adam(decoupled_weight_decay=1, weight_decay=0.2, maximize=1, beta1=0.6, eps=1e-4, lr=0.02),
-}
-"""Rule options by name; `fresh`, the step count and lr as a tensor are swept elsewhere."""
-
-# Gradients here know nothing of their weights: the cosine of a row of n elements is about 1 / sqrt(n), so that a delta
-# of 6 opens nearly every gate by its rows, one of 0.9 some, mostly as a whole, and one of 0.1 hardly any. Not 1: that
-# is the cosine of rows of one element, and a rounding would decide.
-GATED: dict[str, Option] = {
-    "adamp": _adamp(weight_decay=0.2),
-    "adamp.open": _adamp(delta=6.0, weight_decay=0.3, wd_ratio=0.4),
-    "adamp.some": _adamp(delta=0.9, beta1=0.5, beta2=0.9, eps=1e-3, weight_decay=0.1),
-    "adamp.nesterov": _adamp(delta=6.0, nesterov=1, weight_decay=0.2, wd_ratio=0.5, maximize=1),
-    "adamp.beta0": _adamp(delta=0.9, nesterov=1, beta1=0.0, beta2=0.5),
-    "sgdp": _sgdp(weight_decay=0.03, dampening=0.3),
-    "sgdp.open": _sgdp(delta=6.0, weight_decay=0.05, wd_ratio=0.4),
-    "sgdp.apart": _sgdp(delta=6.0, momentum=0.7, weight_decay=0.02, project_momentum=0, maximize=1),
-    "sgdp.some": _sgdp(delta=0.9, momentum=0.6, dampening=0.1, eps=1e-3),
-    "sgdp.nesterov": _sgdp(delta=6.0, nesterov=1, weight_decay=0.04, wd_ratio=0.2),
-    "sgdp.momentum0": _sgdp(delta=0.9, momentum=0.0, weight_decay=0.1, lr=0.02),
-}
-"""Options of the rules with a gate, which have cases of their own."""
-ALL_OPTIONS = OPTIONS | GATED
-
 DTYPES = (
     ("float32", "float32", "float32"),
     ("float64", "float64", "float64"),
@@ -199,6 +133,7 @@ DATA = {
     "tiny": "norms near 1e-15",
     "huge": "norms near 1e15",
 }
+NARROW = {"narrow": "the weights of a group within 1 part in 1,000 of each other, for what looks at their variance"}
 
 
 def dims_of(axis: Axis, ndim: int) -> Dims | None:
@@ -247,7 +182,7 @@ def _values(tensor: TensorCase, case: Case, generator: torch.Generator) -> tuple
         else:
             states[slot] = signed(-2, 1) * scale * 0.4
         if tensor.t == 1 or tensor.fresh:  # nothing there yet: zeros if the rule reads it, poison if it must not
-            starts_as_gradient = slot == "momentum_buffer" and case.rule == "sgd"
+            starts_as_gradient = slot == "momentum_buffer" and case.rule in ("sgd", "sgd_shifted")
             states[slot].fill_(math.nan if starts_as_gradient else 0.0)
     reduced = [dims is None or dim in dims for dim in range(len(shape))]
     group = tuple(slice(None) if all_of_it else slice(0, 1) for all_of_it in reduced)
@@ -258,6 +193,8 @@ def _values(tensor: TensorCase, case: Case, generator: torch.Generator) -> tuple
             values[mask] = values[mask] * 0
     elif tensor.data == "const":
         param = torch.ones(shape, dtype=torch.float64) * scale
+    elif tensor.data == "narrow":
+        param = (1 + 1e-3 * signed(-2, 0)) * scale
     elif tensor.data in ("zero_row", "zero_before"):
         zeroed = [param, *(state for slot, state in states.items() if not slot.endswith("_sq"))]
         if tensor.data == "zero_row":
@@ -495,6 +432,7 @@ def _make_cases() -> list[Case]:
         tensors = [tensor((6, 5, 3, 3), axis=axis, data="inf") for axis in ("out", "in", "tensor")]
         add("data", "sgd.mom", tensors, "rescale", dtypes=dtypes)
     _add_gated(add, tensor)
+    _add_shifted(add, tensor)
     return cases
 
 
@@ -552,6 +490,72 @@ def _add_gated(add: Callable[..., None], tensor: Callable[..., TensorCase]) -> N
         gated("gate", [*mixed, tensor((2, 16385), row=0)], option, records=rows, grad_scale=2.0, tags="records")
         gated("gate", [tensor((k % 7 + 1, k % 5 + 1)) for k in range(30)], option, tags="tiny30")
         gated("gate", [TensorCase((3, 0), "out"), TensorCase((0, 4), (0,)), TensorCase((), None)], option, tags="empty")
+
+
+def _add_shifted(add: Callable[..., None], tensor: Callable[..., TensorCase]) -> None:
+    """SGD with a shifted L2 term: channels are looked at, whatever the norm groups are."""
+    some_shifted, some_dtypes, some_measured = _Deck(SHIFTED), _Deck(DTYPES), _Deck((True, False))
+
+    def shifted(tensors: list[TensorCase], option: str | None = None, project: str | None = None, **more: Any) -> None:
+        option = option or some_shifted.deal(lambda name: name != "shifted.lam0")
+        add("shift", option, tensors, project, **({"dtypes": some_dtypes.deal()} | more))
+
+    for option in SHIFTED:
+        for k, dtypes in enumerate(DTYPES):
+            shapes = [tensor(((8, 16, 3, 3), (13, 29))[k % 2]), tensor()]
+            shifted(shapes, option, dtypes=dtypes, measured=some_measured.deal())
+    for k, shape in enumerate(SHAPES_CONV + SHAPES_CONV3D + SHAPES_EDGE + SHAPES_SMALL + SHAPES_1D + SHAPES_3D):
+        shifted([tensor(shape)], measured=k % 2 == 0)
+    for shape in SHAPES_LARGE:
+        for axis in ("out", "tensor", (0,)):
+            shifted([tensor(shape, axis=axis)])
+    for shape in ((5, 7, 3, 3), (13, 29)):
+        for first in filter(lambda layout: _fits(layout, shape), LAYOUTS):
+            for second, axis in (("c", "in"), ("tr", "out")):
+                shifted([tensor(shape, axis=axis, layouts=(first, second, first))])
+    for k, shape in enumerate(SHAPES_LONG):
+        long = tensor(shape, axis=("out", "tensor", None, (0,))[k % 4], layouts=(("c", "off")[k % 2],) * 3)
+        shifted([long], dtypes=DTYPES[k % 3])
+    for k, (shape, axis) in enumerate(COLUMNS):
+        shifted([tensor(shape, axis=axis, layouts=("c",) * 3)], project="rescale", measured=False)
+        shifted([tensor(shape, axis=axis, layouts=("tr",) * 3)], dtypes=DTYPES[k % 3])
+    for k, data in enumerate(DATA):
+        extreme = data in ("tiny", "huge")
+        dtypes = [names for names in DTYPES if not extreme or names[0] in ("float32", "float64")]
+        for option in ("shifted.mom", "shifted.nesterov"):
+            pair = [tensor(shape, data=data) for shape in ((6, 5, 3, 3), (9, 33))]
+            shifted(pair, option, dtypes=dtypes[(k + 1) % len(dtypes)])
+    for k, shape in enumerate(
+        ((8, 700), (8, 70, 3, 3), (700, 8), (2, 16385), (4100, 2))
+    ):  # large enough to be no crowd
+        for option, layout in (("shifted", "c"), ("shifted.all", "tr")):
+            near = tensor(shape, axis="out", data="narrow", layouts=(layout, "c", layout))
+            shifted([near], option, dtypes=DTYPES[(k, 0)[k % 2]])
+    for option, k in (("shifted.mom", 3), ("shifted.all", 0), ("shifted", 5), ("shifted.nesterov", 4)):
+        variants: list[tuple[str, str, dict[str, Any]]] = [
+            ("rescale", "scale3", {"grad_scale": 3.0}),
+            ("rescale", "scale1024", {"grad_scale": 1024.0, "measured": False}),
+            ("rescale", "found1", {"grad_scale": 8.0, "found_inf": 1.0}),
+            ("both2", "lr.float32", {"lr_tensor": "float32"}),
+            ("shrink", "lr0.float64", {"lr_tensor": "float64", "numbers": {"lr": 0.0}}),
+        ]
+        for project, tags, more in variants:
+            tensors = [tensor(), tensor((13, 29), axis="out"), tensor((40, 50)), TensorCase((0,), None)]
+            shifted(tensors, option, project, tags=tags, dtypes=DTYPES[k], **more)
+    for k in (0, 3):
+        tensors = [tensor(t=1), tensor(t=5, fresh=True), tensor(t=5), tensor((13, 29), t=2, fresh=True)]
+        shifted(tensors, "shifted.mom", dtypes=DTYPES[k])
+    rows = (
+        (("shifted_l2_eps", 0.7), ("every", 1)),
+        (("shifted_l2_lam", 0.0), ("rate", 2.0)),
+        (("nesterov", 1), ("dampening", 0.2)),
+    )
+    mixed = [tensor(row=k % 3) for k in range(30)]
+    shifted([*mixed, tensor((2, 16385), row=0)], "shifted.mom", records=rows, grad_scale=2.0, tags="records")
+    shifted([tensor((k % 7 + 1, k % 5 + 1)) for k in range(30)], "shifted.all", tags="tiny30")
+    empty = [TensorCase((3, 0), "out"), TensorCase((0, 4), (0,)), TensorCase((), None)]
+    shifted(empty, "shifted", tags="empty")
+    shifted([tensor((9, 33), data="nan_w")], "shifted.lam0", dtypes=DTYPES[0])  # a shift by nothing is none
 
 
 CASES: list[Case] = _make_cases()

@@ -55,6 +55,14 @@ def _gate(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "csrc/norms/gate.h", old, new)
 
 
+def _shift(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/norms/shift.h", old, new)
+
+
+def _shifted(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/rules/sgd_shifted.h", old, new)
+
+
 def _projection(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "csrc/norms/projection.h", old, new)
 
@@ -71,12 +79,16 @@ def _worker(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "csrc/cpu/worker.h", old, new)
 
 
-def _sums(name: str, old: str, new: str) -> Mutant:
-    return Mutant(name, "csrc/cpu/sums.h", old, new)
-
-
 def _leaves(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "csrc/cpu/leaves.cpp", old, new)
+
+
+def _sums(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/cpu/leaf_sums.h", old, new)
+
+
+def _looks(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/cpu/leaf_looks.h", old, new)
 
 
 MUTANTS = (
@@ -91,7 +103,7 @@ MUTANTS = (
     _sgd("no nesterov", "s.nesterov != 0 ? g + s.momentum * buffer : buffer", "buffer"),
     _sgd("no dampening", "1 - h[kDampening]", "1"),
     _sgd("no first step", "s.first != 0 ? g :", ""),
-    _adamp("no ratio of weight decay", "open ? s.open_keep : s.keep", "s.keep"),
+    _adamp("no ratio of weight decay", "gate.open ? s.open_keep : s.keep", "s.keep"),
     _adamp("no nesterov in adamp", "s.nesterov != 0 ? s.beta1 * state[0] + s.one_minus_beta1 * g :", ""),
     _sgdp("a buffer that is always projected", "s.project_momentum != 0 ? step : state[0]", "step"),
     # the gate
@@ -103,13 +115,38 @@ MUTANTS = (
         "quotient(sums[kStepWeight], norm)",
     ),
     _worker("the last row alone decides", "largest = maximum(largest, gate_cosine(", "largest = (gate_cosine("),
-    _leaves("a gate on another product", "gate_term(k, u, g, w)", "gate_term(k, u, g + w, w)"),
+    _looks("a gate on another product", "gate_term(k, u, g, w)", "gate_term(k, u, g + w, w)"),
     Mutant("no rows for the gate", "csrc/norms/geometry.cpp", "- 1) & ~int64_t(1);", "- 1);"),
-    _leaves(
+    _looks(
         "the second pass leaves the gradient scaled",
         "g = g / grad_scale;\n          grad[i] = narrow(g, G());",
         "g = g / grad_scale;",
     ),
+    # the shifted term
+    _shifted("the term without lam * mu", "+ s.lam * shift.mean)", ")"),
+    _shifted("not of the distance from the mean", "(w - shift.mean)", "w"),
+    _shifted("always shifted", "shift.there ? g + (", "true ? g + ("),
+    _shifted(
+        "weights decay or are shifted",
+        "s.sgd);",
+        "{s.sgd.lr, s.sgd.momentum, s.sgd.one_minus_dampening, 0, s.sgd.nesterov, s.sgd.first});",
+    ),
+    _shift("a deviation of n, not n - 1", "length - 1", "length"),
+    _shift("eps * s, not eps / s", "quotient(eps, deviation)", "eps * deviation"),
+    _shift("constant channels are shifted", "squares <= 0 ? T(0) :", ""),
+    _shift("sums that cancel", "return first + quotient(sum, count);", "return first * 0;"),
+    _shift("squares about the origin", "- average * sums[kDistance]", ""),
+    _shift("a mean without its origin", "*mean = origin + average", "*mean = average"),
+    _worker(
+        "the origin of another channel", "channel % g.cols;\n    const int64_t count", "0;\n    const int64_t count"
+    ),
+    _worker(
+        "what the neighbour is told",
+        "of_channel[channel]);\n      });",
+        "of_channel[channel ? channel - 1 : 0]);\n      });",
+    ),
+    _worker("one mean for all", "found + call.look.head + k * g.channels;", "found + call.look.head;"),
+    _looks("only the first slope", "kEach ? told0_each[i] :", "kEach ? told0_each[0] :"),
     # schedule, rescale, shrink
     _projection("rescale a step late", "every * whole(t / every) == t", "every * whole((t - 1) / every) == t - 1"),
     _projection("stop is included", "t < stop", "t <= stop"),

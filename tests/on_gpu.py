@@ -21,7 +21,7 @@ from fastwrs.plan import StepCall
 BACKENDS = ("cuda", "triton")
 DEVICE = BACKEND = "cuda"
 """Where the tests run, and on which kernels: the fixture ``kernels`` takes one after the other."""
-NAMES = {"cuda": ("fastwrs",), "triton": ("gate_kernel", "step_kernel", "finish_kernel", "project_kernel")}
+NAMES = {"cuda": ("fastwrs",), "triton": ("gate_kernel", "shift_kernel", "step_kernel", "project_kernel")}
 """What the names of a backend's kernels contain."""
 LOST = 9
 """What pytest exits with when a test has broken the CUDA context: no test after it could pass."""

@@ -84,6 +84,8 @@ def dtype_triples() -> list[tuple[str, ...]]:
 
 
 TRIPLES = dtype_triples()
+OF_PARAMETERS = ("finish", "project", "shift")  # phases whose kernels depend on the type of the parameter alone
+TOLD = {None: 0, "gate": 1, "shift": 2}  # numbers that a step reads for each element, by what the rule looks at first
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,12 @@ class Kernel:
 
     @property
     def stored(self) -> int:
-        """Words of such a vector in the arrays that may be written: all, but for the passes of a rule with a gate."""
+        """Words of such a vector in the arrays that may be written: all, but for the passes of a rule with a gate.
+
+        And in a first look at the weights alone, which writes no array.
+        """
+        if self.phase == "shift":
+            return 0
         if not (self.rule and RULES[self.rule].gated):
             return sum(self.words)
         if self.phase == "gate":
@@ -128,7 +135,7 @@ class Kernel:
 def kernels_of(triple: int) -> set[Kernel]:
     """All kernels that have to be there for a triple of dtypes."""
     param, grad, state = TRIPLES[triple]
-    kernels = {Kernel(phase, (param,), walk) for phase in ("finish", "project") for walk in (False, True)}
+    kernels = {Kernel(phase, (param,), walk) for phase in OF_PARAMETERS for walk in (False, True)}
     for rule, walk in product(RULES.values(), (False, True)):
         for slots in range(sum(slot.when is None for slot in rule.slots), len(rule.slots) + 1):
             for phase in ("gate", "step") if rule.gated else ("step",):
@@ -138,17 +145,18 @@ def kernels_of(triple: int) -> set[Kernel]:
 
 def kernel_of(demangled: str) -> Kernel:
     """The kernel that a function is, by its C++ name."""
-    match = re.match(r"void fastwrs::cuda::(gate|step|finish|project)_kernel<(.*)>\(", demangled)
+    match = re.match(r"void fastwrs::cuda::(gate|shift|step|finish|project)_kernel<(.*)>\(", demangled)
     # nothing else may be there: a function that is not inlined has registers, stack and memory accesses of its own
     assert match, f"not a kernel, or not one that tests/sass.py knows: {demangled}"
     phase, arguments = match[1], [re.sub(r"\w+::", "", argument) for argument in match[2].split(", ")]
     walk = arguments.pop() == "true"
-    if phase in ("finish", "project"):
-        return Kernel(phase, tuple(arguments), walk)
+    if phase in OF_PARAMETERS:
+        return Kernel(phase, (arguments[-1],), walk)
+    name = {rule.replace("_", ""): rule for rule in RULES}[arguments[0].lower()]
     if phase == "gate":
-        arguments.insert(1, str(len(RULES[arguments[0].lower()].slots)))
-    rule, slots, param, grad, state = arguments
-    return Kernel(phase, (param, grad, *[state] * int(slots)), walk, rule.lower(), state)
+        arguments.insert(1, str(len(RULES[name].slots)))
+    _, slots, param, grad, state = arguments
+    return Kernel(phase, (param, grad, *[state] * int(slots)), walk, name, state)
 
 
 # ---- machine code ----------------------------------------------------------------------------------------------------
@@ -448,9 +456,9 @@ def narrow_accesses(code: Code) -> list[str]:
             faults.append(f"{code}: {loop.wide_loads} words are loaded, {words} are a vector of all arrays")
         if loop.wide_stores < vectors * kernel.stored:
             faults.append(f"{code}: {loop.wide_stores} words are stored for {loop.wide_loads} that are loaded")
-        # project_kernel reads a factor for each element, step_kernel the scale of the gradients; with a gate, what that
-        # takes out of each element's step
-        asks = kernel.vector if kernel.phase == "step" and RULES[kernel.rule].gated else 0
+        # project_kernel reads a factor for each element, step_kernel the scale of the gradients, and what a look tells
+        # of each element
+        asks = kernel.vector * TOLD[RULES[kernel.rule].look] if kernel.phase == "step" else 0
         enough = kernel.vector if kernel.phase == "project" else others + 1 + asks
         if loop.narrow_loads > vectors * enough:
             faults.append(f"{code}: {loop.narrow_loads} narrow loads, {enough} are enough")

@@ -57,7 +57,8 @@ def test_step_on_other_gpus(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
         emulated.check(case)
     assert len(cases) > 60
     rows_of_one = (TensorCase((1022, 1)), TensorCase((70001, 1), "in"))
-    emulated.check(Case("gate", "adamp.open", rows_of_one, DTYPES[1], (tuple(PROJECTIONS["rescale"].items()),)))
+    for option in ("adamp.open", "shifted.mom"):
+        emulated.check(Case("look", option, rows_of_one, DTYPES[1], (tuple(PROJECTIONS["rescale"].items()),)))
 
 
 def max_row(case: Case) -> int:
@@ -85,6 +86,7 @@ FULL = [
     ("adamw.ams", 367, 5, "c"),
     ("adamw", 500, 1, "tr"),
     ("sgd", 900, 7, "gap"),
+    ("shifted.mom", 420, 5, "c"),
 ]
 
 
@@ -113,6 +115,9 @@ ONE_PASS = [((64, 64, 3, 3), "out"), ((64, 64, 3, 3), "in"), ((64, 256, 1, 1), "
 ROWS = [((32, 4608), "out"), ((8, 28672), "out"), ((300, 640), (0,)), ((4096, 27), "out")]
 TWO_PHASES = [((4, 200000), "out"), ((300, 300), "tensor"), ((4000, 512), (0,))]
 BYTES = {(ADAMW, "s"): (28, 36), (SGD, "s"): (20, 28), (ADAMW, "b"): (14, 18), (SGD, "b"): (10, 14)}
+
+
+SHIFTED_BYTES = {"shifted": 16, "shifted.mom": 24, "shifted.lam0": 20}  # the weights once more than without the term
 
 
 def bytes_per_parameter(option: str, dtypes: tuple[str, str, str], shape: Any, axis: Any, layout: str) -> float:
@@ -150,6 +155,18 @@ def test_bytes_of_rules_with_a_gate(option: str) -> None:
                 moved = bytes_per_parameter(option, dtypes, shape, axis, layout)
                 sums = 4 * 13 * shape[0] / math.prod(shape)  # written, read, read for the answer, written, read
                 assert abs(moved - share * GATED_BYTES[option]) < 0.01 * moved + sums, (shape, axis, layout, moved)
+
+
+@pytest.mark.parametrize("option", SHIFTED_BYTES)
+def test_bytes_of_shifted_l2(option: str) -> None:
+    """Counted, with a rescale in every step; what is told of a channel is read by each of its tiles."""
+    for kind, share in (("s", 1.0), ("b", 0.5)):
+        dtypes = DTYPES[0] if kind == "s" else DTYPES[3]
+        for shape, axis in [*ONE_PASS, *ROWS]:
+            for layout in ("c", "cl") if len(shape) == 4 else ("c",):
+                moved = bytes_per_parameter(option, dtypes, shape, axis, layout)
+                told = 4 * 5 * shape[0] / math.prod(shape)
+                assert abs(moved - share * SHIFTED_BYTES[option]) < 0.005 * moved + told, (shape, axis, layout, moved)
 
 
 # ---- launches -------------------------------------------------------------------------------------------------------
@@ -196,6 +213,15 @@ def test_launches_of_rules_with_a_gate(option: str) -> None:
         "launches", option, tensors, DTYPES[0], (tuple(PROJECTIONS["rescale"].items()),), measured=False
     ).build()
     assert torch.ops.fastwrs.step_plan(*call.args())[1] == 3
+
+
+def test_launches_of_shifted_l2() -> None:
+    """A look at the weights of all tensors that have channels, then the step; without lam the step alone."""
+    for axis in ("out", "in", None):
+        assert launches("resnet50", "shifted.mom", axis) == 2
+        assert launches("resnet50", "shifted.lam0", axis) == 1
+    assert launches("llama_1b", "shifted", "out") == 2
+    assert launches("resnet50", "shifted", "tensor") == launches("resnet50", SGD, "tensor") + 1
 
 
 def test_a_group_per_parameter_is_one_launch_too() -> None:

@@ -24,8 +24,9 @@ pytestmark = pytest.mark.emulated_control
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS, TILES = "csrc/cuda/kernels.cuh", "csrc/cuda/tiles.cuh"
 FINISH, GATE, GATE_MATHS = "csrc/cuda/finish.cuh", "csrc/cuda/gate.cuh", "csrc/norms/gate.h"
+LOOK, SHIFT = "csrc/cuda/look.cuh", "csrc/cuda/shift.cuh"
 PLAN = "csrc/cuda/plan.cpp"
-FILES = KERNELS, TILES, FINISH, GATE
+FILES = KERNELS, TILES, FINISH, GATE, LOOK, SHIFT
 NEIGHBOUR = "(unit ? unit - 1 : 0)"
 OBJECTS = ("kernels_0.o", "kernels_2.o"), ("cuda_plan.o",)  # the triples of emulated.small_cases; what the host does
 THREADS = "64"
@@ -57,8 +58,11 @@ MUTANTS = (
     barrier("the largest of the warps are complete", TILES),
     barrier("the gate's values are complete", GATE),
     barrier("the gate's partial sums are complete", GATE),
-    barrier("the sums of the rows before are taken", GATE),
-    barrier("the parts of these rows are complete", GATE),
+    barrier("the sums of the rows before are taken", LOOK),
+    barrier("the parts of these rows are complete", LOOK),
+    barrier("the weights are complete", SHIFT),
+    barrier("the origins are complete", SHIFT),
+    barrier("the partial sums of distances are complete", SHIFT),
     barrier("all threads of this block have left their sums", TILES, race=False, message="a ticket is taken while"),
     barrier("all threads of this block have read their step", TILES, race=False, message="a ticket is taken while"),
     Mutant("no barrier before steps advance", TILES, "if (!barrier_any(last)) return;", "if (!last) return;"),
@@ -88,8 +92,19 @@ MUTANTS = (
         "return cosine < quotient(delta, root)",
         "return !(cosine >= quotient(delta, root))",
     ),
-    Mutant("the channel of the neighbour", GATE, "if (++rest_ == gate_.inner_)", "if (rest_++ == gate_.inner_)"),
-    Mutant("one channel for two", GATE, "(first + 1) * inner_", "(first + 2) * inner_"),
+    Mutant("the channel of the neighbour", LOOK, "if (++rest_ == look_.inner_)", "if (rest_++ == look_.inner_)"),
+    Mutant("one channel for two", LOOK, "(first + 1) * inner_", "(first + 2) * inner_"),
+    Mutant("slopes for means", LOOK, "rows_ + k * channels_ + channel", "rows_ + channel"),
+    Mutant("the last part of a row is forgotten", LOOK, "tile < tiles;", "tile + 1 < tiles;"),
+    Mutant("each half of a channel by itself", SHIFT, "row_tiles == 1", "row_tiles <= 2"),
+    Mutant("the length of a tile", SHIFT, "C(entry_.rows)", "C(tile_.unit_size)"),
+    Mutant("another origin at the end", SHIFT, "origin_of_row<false>(row));", "origin_of_row<false>(0));"),
+    Mutant(
+        "a state that is not written",
+        KERNELS,
+        "if constexpr (!kStatesBefore) {\n      return true;",
+        "if constexpr (!kStatesBefore) {\n      return Rule::kLook == Look::kNone;",
+    ),
     Mutant("unscaled twice", GATE, "if (scalars_.nesterov == 0) write(grad()", "write(grad()"),
     Mutant("a gate for the whole tensor takes nothing", GATE, "gate_along(total, scalars_.eps) : C(0)", "C(0) : C(0)"),
     Mutant("the schedule of the step before", TILES, "(step)) + C(1)", "(step))"),

@@ -38,6 +38,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"momentum": 0.8, "nesterov": True}),
     ("AdamW", {"betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.1, "amsgrad": True}),
     ("AdamP", {"delta": 0.9, "weight_decay": 0.1, "nesterov": True}),  # gates of all kinds
+    ("SGD", {"momentum": 0.9, "shifted_l2": (0.3, 0.2)}),
 ]
 SOME = [KINDS[0], *KINDS[2:]]
 LONG_ENOUGH = 500_000_000  # cycles that the device is kept busy: about a quarter of a second
@@ -132,7 +133,7 @@ def check_against_reference(
 
 
 @pytest.mark.parametrize("rescale", RESCALES.values(), ids=[name.replace(" ", "_") for name in RESCALES])
-@pytest.mark.parametrize(("name", "options"), KINDS, ids=["SGD", "nesterov", "AdamW", "AdamP"])
+@pytest.mark.parametrize(("name", "options"), KINDS, ids=["SGD", "nesterov", "AdamW", "AdamP", "shifted"])
 def test_steps_equal_the_reference(name: str, options: dict[str, Any], rescale: Any) -> None:
     """The second parameter gets its first gradient late."""
 
@@ -143,7 +144,7 @@ def test_steps_equal_the_reference(name: str, options: dict[str, Any], rescale: 
     check_against_reference(name, options, rescale, SHAPES, take)
 
 
-@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP"])
+@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP", "shifted"])
 def test_gradients_in_buckets(name: str, options: dict[str, Any]) -> None:
     """Views of one flat tensor, as DistributedDataParallel has them: 0, 4, 8 and 12 bytes off a 16-byte boundary."""
     shapes = ((45, 7), (1,), (33,), (63, 300), (7, 11), (8, 5, 3, 3), (1,), (5, 4099))
@@ -237,7 +238,7 @@ def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 @pytest.mark.parametrize("axis", ["out", (0,)], ids=["out", "two_phases"])
-@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP"])
+@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP", "shifted"])
 def test_a_captured_step_keeps_its_schedule_and_reads_lr(name: str, options: dict[str, Any], axis: Any) -> None:
     """Rescaled in every third step, lr a tensor that changes: 7 replays are 7 eager steps, bit for bit."""
     shapes = (*SHAPES[:3], TALL)
@@ -316,7 +317,7 @@ def test_graphs_of_two_optimizers_in_any_order() -> None:
 # ---- mixed precision ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP"])
+@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP", "shifted"])
 def test_grad_scaler(name: str, options: dict[str, Any]) -> None:
     """As without a scaler, with an overflow in the very first step and in a later one; gradients end up unscaled."""
     params, twins = on_device(start()), on_device(start())
@@ -344,7 +345,7 @@ def test_grad_scaler(name: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("found", [0.0, 1.0, 2.0, math.nan])
-@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP"])
+@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP", "shifted"])
 def test_nothing_waits_for_the_device(name: str, options: dict[str, Any], found: float) -> None:
     """Whether a step is skipped, rescaled or neither, with lr, scale and found_inf on the device."""
     params = on_device(start((*SHAPES, TALL)))
@@ -363,7 +364,7 @@ def test_nothing_waits_for_the_device(name: str, options: dict[str, Any], found:
     assert same(everything(optimizer), before) == (found != 0)
 
 
-@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP"])
+@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP", "shifted"])
 def test_a_monitor_waits_for_nothing(name: str, options: dict[str, Any]) -> None:
     """What a step measures stays on the device until somebody reads it; then it is what the reference measures."""
     rows = []
@@ -384,7 +385,7 @@ def test_a_monitor_waits_for_nothing(name: str, options: dict[str, Any]) -> None
             torch.testing.assert_close(torch.tensor(mine[column]), torch.tensor(theirs[column]), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP"])
+@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP", "shifted"])
 def test_gradients_that_move_in_every_step(name: str, options: dict[str, Any]) -> None:
     """Steps that the host queues ahead of the device find each its own gradients, and nothing waits."""
     shapes = (*SHAPES[:3], TALL)
@@ -458,14 +459,15 @@ def traced(step: Callable[[], object], folder: Path) -> list[dict[str, Any]]:
     return [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "AdamP"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "AdamP", "SGD shifted"])
 @pytest.mark.parametrize(("which", "most"), [("resnet50", 1), ("llama_1b", 1), ("tiny", 5)])
 def test_launches_per_step(which: str, most: int, name: str, tmp_path: Path) -> None:
-    if name == "AdamP":  # states, then weights; and a little more for each tensor of a launch
+    if name in ("AdamP", "SGD shifted"):  # a look before; and a little more for each tensor of a launch
         most = 2 * most + (most > 1) * 2
     groups = split(lists.LISTS[which].params(), 10**6 if which == "tiny" else 300)
-    options = {"momentum": 0.9} if name == "SGD" else {}
-    optimizer = getattr(fastwrs, name)(groups, lr=0.01, backend=on_gpu.BACKEND, **options)
+    options: dict[str, Any] = {"momentum": 0.9} if name.startswith("SGD") else {}
+    options |= {"shifted_l2": (1e-4, 1e-3)} if "shifted" in name else {}
+    optimizer = getattr(fastwrs, name.split()[0])(groups, lr=0.01, backend=on_gpu.BACKEND, **options)
     for _ in range(3):
         optimizer.step()
     names = launched(optimizer.step, tmp_path)
@@ -477,7 +479,7 @@ def test_launches_per_step(which: str, most: int, name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("place", [None, "cpu"], ids=["same_device", "through_the_CPU"])
-@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP"])
+@pytest.mark.parametrize(("name", "options"), SOME, ids=["SGD", "AdamW", "AdamP", "shifted"])
 def test_resuming_through_a_file_continues_bit_for_bit(name: str, options: dict[str, Any], place: str | None) -> None:
     params = on_device(start())
     optimizer = make(name, options, params, fastwrs.Rescale(every=3))

@@ -15,8 +15,9 @@ from interpreted import PASSED
 pytestmark = pytest.mark.interpreted
 # ruff: noqa: E501
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS, NORMS, RULES, NUMERIC, ACCESS, GATE = (
-    f"fastwrs/triton_kernels/{name}.py" for name in ("kernels", "norms", "rules", "numeric", "access", "gate")
+KERNELS, NORMS, RULES, NUMERIC, ACCESS, GATE, LOOK, SHIFT = (
+    f"fastwrs/triton_kernels/{name}.py"
+    for name in ("kernels", "norms", "rules", "numeric", "access", "gate", "look", "shift")
 )
 NOT_AN_OPERAND = "belong to no operand"
 
@@ -52,6 +53,8 @@ MUTANTS = (
     Mutant("no bias correction of the first moment", RULES, "step_size, inverse1 = quotient(lr, correction1)", "step_size, inverse1 = quotient(lr, 1.0 + 0 * correction1)"),
     Mutant("no bias correction of the second", RULES, "quotient(1.0, square_root(correction2))", "quotient(1.0, 1.0 + 0 * square_root(correction2))"),
     Mutant("too few terms of a series", NUMERIC, "18 if log_base.dtype == tl.float64 else 10", "18 if log_base.dtype == tl.float64 else 2"),
+    Mutant("early bias corrections of another rounding", NUMERIC, "return 1 - (1 - result) if", "return result if", "not those of torch", "functions"),
+    Mutant("bias corrections that cancel", NUMERIC, "tl.where(x > -0.5, -x * series, 1 - tl.exp(x))", "1 - tl.exp(x)", "bias corrections", "functions"),
     Mutant("Nesterov without the gradient", RULES, "g + momentum * s0, s0)\n    return w - lr", "momentum * s0, s0)\n    return w - lr"),
     Mutant("only the first partial sums", KERNELS, "first += HEIGHT * lanes", "first += row_tiles", "sums are off", "functions"),
     Mutant("rounding of partial sums lost", NUMERIC, "    x = x - lost\n", "", "equal parts", "functions"),
@@ -64,22 +67,41 @@ MUTANTS = (
     Mutant("ties of a learning rate not to even", NUMERIC, " + ((magnitude >> 29) & 1)", "", "what is right", "functions"),
     Mutant("a power that leaves the range", NUMERIC, "steps = tl.floor(whole + rest)", "steps = tl.floor(whole)", "are allowed", "functions"),
     Mutant("columns mixed up", KERNELS, "return mine == col", "return mine >= col"),
-    Mutant("a gate decides too early", GATE, "tl.load(gate + words.PROGRAMS) - 1:", "tl.load(gate + words.PROGRAMS) - 2:", what="gates"),
+    Mutant("sums finished too early", KERNELS, "unit * strips + strip, row_tiles)", "unit * strips + strip, tl.maximum(row_tiles - 1, 1))"),
+    Mutant("sums finished by the program of the last part", KERNELS, "if is_last(table, entry, unit * strips + strip, row_tiles):", "if tile // strips % row_tiles == row_tiles - 1:"),
+    Mutant("the ticket of sums stays", ACCESS, "    tl.store(ticket, 0, last)\n", "", "a ticket of the table"),
+    Mutant("one ticket for all columns of a unit", KERNELS, "unit * strips + strip, row_tiles", "unit * strips, row_tiles"),
+    Mutant("one ticket for all units", KERNELS, "unit * strips + strip, row_tiles", "strip, row_tiles"),
+    Mutant("tickets of all tensors in one place", ACCESS, "ticket += tl.load(entry + words.FIRST_TICKET) + number", "ticket += number"),
+    Mutant("the norm after for that before", KERNELS, "norms[0], norms[1 if MEASURE else 0])\n", "norms[0], norms[0])\n"),
+    Mutant("a gate decides too early", GATE, "tl.load(gate + words.PROGRAMS)):", "tl.load(gate + words.PROGRAMS) - 1):", what="gates"),
     Mutant("a gate forgets a row", GATE, "there = row < channels\n", "there = row < channels - 1\n", what="gates"),
-    Mutant("a gate forgets parts of rows", GATE, "        first += lanes\n", "        first += parts\n", what="gates"),
-    Mutant("the ticket of a gate stays", GATE, "        tl.store(ticket, 0)\n", "", "the ticket of a gate", "gates"),
+    Mutant("a gate forgets parts of rows", LOOK, "        first += lanes\n", "        first += parts\n", what="gates"),
+    Mutant("the ticket of a gate stays", ACCESS, "    tl.store(ticket, 0, last)\n", "", "a ticket of the table", "gates"),
     Mutant("NaN opens a gate", GATE, "((_cosine(totals, eps) < limit) == 0)", "(_cosine(totals, eps) >= limit)", what="gates"),
     Mutant("a gate that never opens as a whole", GATE, "tl.where(opens, WHOLE, CLOSED)", "CLOSED", what="gates"),
     Mutant("the bound of another length", GATE, "square_root(tl.load(gate + words.ROWS)", "square_root(tl.load(gate + words.NUMEL)", what="gates"),
-    Mutant("what the neighbouring channel loses", GATE, "_advance_by(start // inner % channels, more", "_advance_by((start // inner + 1) % channels, more", what="gates"),
-    Mutant("what the neighbouring column loses", GATE, "return (start + within) // inner % channels", "return (start + within + 1) // inner % channels", what="gates"),
-    Mutant("channels do not begin again", GATE, "_, channel = _advance_by", "channel, _ = _advance_by", what="gates"),
+    Mutant("what the neighbouring channel loses", LOOK, "_advance_by(start // inner % channels, more", "_advance_by((start // inner + 1) % channels, more", what="gates"),
+    Mutant("what the neighbouring column loses", LOOK, "return (start + within) // inner % channels", "return (start + within + 1) // inner % channels", what="gates"),
+    Mutant("channels do not begin again", LOOK, "_, channel = _advance_by", "channel, _ = _advance_by", what="gates"),
     Mutant("nothing is taken out", RULES, "step - along * w, step)", "step, step)", what="gates"),
     Mutant("weight decay of a closed gate", RULES, "tl.where(is_open, open_keep, keep)", "keep", what="gates"),
     Mutant("states are not stored", GATE, "        tl.store(addresses[k], narrow, mask)\n", "", what="gates"),
     Mutant("the momentum is not projected", GATE, "if is_open & (tl.load(control + words.PROJECT_MOMENTUM) != 0):", "if tl.load(control + words.PROJECT_MOMENTUM) < 0:", what="gates"),
     Mutant("the gradient unscaled twice", GATE, "tl.load(control + words.NESTEROV) == 0, TYPES[1])", "True, TYPES[1])", what="gates"),
     Mutant("a gate of the gradient that goes down", GATE, "    return tl.abs(quotient(quotient(totals[1], weight), grad))", "    return quotient(quotient(totals[1], weight), grad)", what="gates"),
+    Mutant("one slope for all", SHIFT, "tl.load(slopes + channel, mask", "tl.load(slopes + channel * 0, mask", what="shifts"),
+    Mutant("slopes for means", SHIFT, "mean = tl.load(slopes + tl.load(look + words.GROUPS) + channel", "mean = tl.load(slopes + channel", what="shifts"),
+    Mutant("a tensor that was not looked at", SHIFT, "if tl.load(entry + words.GATE_AT) >= 0:", "if tl.load(entry + words.GATE_AT) >= -1:", what="shifts"),
+    Mutant("a deviation of n, not n - 1", SHIFT, "quotient(squares, length - 1)", "quotient(squares, length)", what="shifts"),
+    Mutant("constant channels are shifted", SHIFT, "tl.where(squares <= 0, 0, lam", "tl.where(squares < 0, 0, lam", what="shifts"),
+    Mutant("a mean without its origin", SHIFT, "channel, origin + average, there)", "channel, average, there)", what="shifts"),
+    Mutant("an origin that nobody leaves", SHIFT, "tile % row_tiles == 0, COMPUTE)", "tile < 0, COMPUTE)", what="shifts"),
+    Mutant("an origin that no column leaves", SHIFT, "is_top & (col < cols)", "is_top & (col < 0)", what="shifts"),
+    Mutant("distances that are not squared", SHIFT, "tl.sum(distance * distance), tile >= 0", "tl.sum(distance), tile >= 0", what="shifts"),
+    Mutant("columns that are not squared", SHIFT, "tl.sum(distance * distance, axis=0)", "tl.sum(distance, axis=0)", what="shifts"),
+    Mutant("an origin of zero", SHIFT, "origin, distances, total = first, ", "origin, distances, total = first * 0, ", what="shifts"),
+    Mutant("the term without lam * mu", RULES, "(w - mean) + lam * mean)", "(w - mean))", what="shifts"),
 )  # fmt: skip
 UNBROKEN = Mutant("nothing", KERNELS, "", "", what="")
 

@@ -70,21 +70,24 @@ def set_gradients(groups: list[dict[str, Any]], step: int, scale: float = 1.0) -
 def make(name: str, groups: list[dict[str, Any]], **options: Any) -> Any:
     defaults = {"AdamW": {"lr": 0.02, "weight_decay": 0.1}, "SGD": {"lr": 0.05, "momentum": 0.8}}
     defaults |= {"AdamP": {**defaults["AdamW"], "delta": 5.0}, "SGDP": {**defaults["SGD"], "delta": 5.0}}
-    return getattr(fastwrs, name)([dict(group) for group in groups], **defaults[name], **options)
+    defaults["SGD shifted"] = {**defaults["SGD"], "shifted_l2": (0.2, 0.3)}
+    kind = getattr(fastwrs, name.split()[0])
+    return kind([dict(group) for group in groups], **defaults[name], **options)
 
 
 def snapshot(optimizer: Any, step: int, grad_scale: float | None = None) -> dict[str, Inputs]:
     """What the oracle needs of the step to come, by name of the parameter."""
     found = {}
     for group in optimizer.param_groups:
-        numbers = read(optimizer.rule, group, optimizer.numbers(group))
-        hyper = {known.name: value for known, value in zip(optimizer.rule.record, numbers, strict=True)}
+        rule = optimizer.rule_for(optimizer.param_groups)
+        numbers = read(rule, group, optimizer.numbers(group))
+        hyper = {known.name: value for known, value in zip(rule.record, numbers, strict=True)}
         option = group["rescale"] or group["shrink"]
         for name, param in zip(group["param_names"], group["params"], strict=True):
-            states = {slot: optimizer.state[param][slot].clone() for slot in optimizer.rule.slots_for(group)}
+            states = {slot: optimizer.state[param][slot].clone() for slot in rule.slots_for(group)}
             axis = option.axis if option else "out" if param.ndim >= 2 else "tensor"
             found[name] = Inputs(
-                optimizer.rule.name, param.detach().clone(), param.grad.clone(), states, t=step, first=step == 1,
+                rule.name, param.detach().clone(), param.grad.clone(), states, t=step, first=step == 1,
                 lr=group["lr"], hyper=hyper, dims=reduced_dims(axis, param.ndim), grad_scale=grad_scale,
             )  # fmt: skip
     return found
@@ -113,7 +116,7 @@ def check(optimizer: Any, before: dict[str, Inputs], figures: dict[str, dict[str
         ("SGD", torch.float32),
         ("SGD", torch.bfloat16),
         *(("AdamW", d) for d in (torch.float32, torch.float64, torch.half)),
-        *((name, d) for name in ("AdamP", "SGDP") for d in (torch.float32, torch.bfloat16)),
+        *((name, d) for name in ("AdamP", "SGDP", "SGD shifted") for d in (torch.float32, torch.bfloat16)),
     ],
     ids=str,
 )
@@ -140,6 +143,7 @@ def test_the_figures_are_the_oracles(name: str, dtype: torch.dtype) -> None:
         ("AdamW", torch.float64),
         ("AdamP", torch.float32),
         ("SGDP", torch.bfloat16),
+        ("SGD shifted", torch.float32),
     ],
     ids=str,
 )

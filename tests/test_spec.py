@@ -73,7 +73,11 @@ def test_oracle(rule: spec.Rule) -> None:
 @pytest.mark.parametrize("rule", spec.RULES.values(), ids=spec.RULES)
 def test_optimizer(rule: spec.Rule) -> None:
     """Some optimizer runs the rule, and takes what switches its optional slots on."""
-    kinds = [kind for _, kind in inspect.getmembers(fastwrs, inspect.isclass) if getattr(kind, "rule", None) is rule]
+    kinds = [
+        kind
+        for _, kind in inspect.getmembers(fastwrs, inspect.isclass)
+        if rule in (getattr(kind, "rule", None), getattr(kind, "shifted_rule", None))
+    ]
     assert kinds
     for slot in rule.slots:
         assert slot.when is None or any(slot.when in inspect.signature(kind).parameters for kind in kinds)
@@ -92,7 +96,12 @@ def test_triton(rule: spec.Rule) -> None:
     record = Recorder({hyper.name: 0.5 for hyper in rule.record})
     ours.constants(record)
     assert record.read == set(ours.hypers)
-    assert ours.gated == rule.gated == (ours.direction is not None)
+    assert ours.look == rule.look
+    assert rule.gated == (ours.direction is not None) == (ours.advance is not None)
+    if rule.look == "shift":
+        values = {hyper.name: 0.5 for hyper in rule.record}
+        for number, name in enumerate(table.SHIFT_CONTROL):
+            assert ours.constants(values | {f"shifted_l2_{name}": 0.75})[number] == 0.75
     if rule.gated:  # what the gate itself reads comes first
         for number, name in enumerate(table.GATE_CONTROL):
             values = {hyper.name: 0.0 if hyper.flag else 0.5 for hyper in rule.record}

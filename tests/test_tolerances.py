@@ -13,7 +13,20 @@ import tolerances
 import torch
 from authors import authors
 from calls import LAYOUTS
-from cases import ALL_OPTIONS, CASES, DATA, DTYPES, GATED, OPTIONS, PROJECTIONS, Case, TensorCase, select
+from cases import (
+    ALL_OPTIONS,
+    CASES,
+    DATA,
+    DTYPES,
+    GATED,
+    NARROW,
+    OPTIONS,
+    PROJECTIONS,
+    SHIFTED,
+    Case,
+    TensorCase,
+    select,
+)
 from tolerances import Inputs, check, snapshot, ulp
 from torch import Tensor
 
@@ -98,6 +111,25 @@ def test_takes_the_step_of_the_authors(option: str, dtypes: tuple[str, str, str]
     assert 0 < check(inputs, {"param": param.detach(), "grad": inputs.grad, **states}) <= 1
 
 
+@pytest.mark.parametrize("option", [name for name in SHIFTED if name != "shifted.lam0"])
+@pytest.mark.parametrize("dtypes", FULL, ids="-".join)
+def test_takes_another_shift(option: str, dtypes: tuple[str, str, str]) -> None:
+    """With torch's deviation, and lam * mu taken out of the bracket."""
+    inputs = one(option, dtypes, axis=None)
+    h, w = inputs.hyper, inputs.param
+    slope = h["shifted_l2_lam"] - h["shifted_l2_lam"] * h["shifted_l2_eps"] / w.std(dim=1, keepdim=True)
+    term = slope * (w - w.mean(dim=1, keepdim=True)) + h["shifted_l2_lam"] * w.mean(dim=1, keepdim=True)
+    param = torch.nn.Parameter(w.clone())
+    param.grad = inputs.grad + (-term if h["maximize"] else term)
+    names = ("lr", "momentum", "dampening", "weight_decay")
+    flags = {"nesterov": bool(h["nesterov"]), "maximize": bool(h["maximize"])}
+    optimizer = torch.optim.SGD([param], **{name: h[name] for name in names}, **flags, foreach=False)
+    states = {name: state.clone() for name, state in inputs.states.items()}
+    optimizer.state[param] = dict(states)
+    optimizer.step()
+    assert 0 < check(inputs, {"param": param.detach(), "grad": inputs.grad, **optimizer.state[param]}) <= 1
+
+
 # What a wrong kernel would compute: the formula from these inputs instead of the right ones.
 def _hyper(**values: float) -> Callable[[Inputs], Inputs]:
     return lambda inputs: replace(inputs, hyper={**inputs.hyper, **values})
@@ -142,6 +174,11 @@ FAULTS: dict[str, tuple[str, str, Callable[[Inputs], Inputs]]] = {
     "buffer not projected": ("sgdp.open", "none", _hyper(project_momentum=0)),
     "buffer projected": ("sgdp.apart", "none", _hyper(project_momentum=1)),
     "the first gradient is the buffer": ("sgdp", "none", lambda i: replace(i, states=_first_buffer(i))),
+    "no shifted L2": ("shifted.mom", "none", _hyper(shifted_l2_lam=0)),
+    "shifted by nothing": ("shifted", "rescale", _hyper(shifted_l2_eps=0)),
+    "a deviation of n, not n - 1": ("shifted.nesterov", "none", _hyper(shifted_l2_eps=0.3 * math.sqrt(29 / 28))),
+    "weight decay or shifted L2": ("shifted.nesterov", "none", _hyper(weight_decay=0)),
+    "lam off by 1e-5": ("shifted.eps0", "none", _hyper(shifted_l2_lam=0.4 * (1 + 1e-5))),
     "gradient not unscaled": ("sgd", "none", lambda i: replace(i, grad_scale=None)),
 }
 
@@ -289,7 +326,7 @@ def test_the_list_of_cases_covers_what_it_says() -> None:
     assert len({case.id for case in CASES}) == len(CASES) > 300
     tensors = [(case, tensor) for case in CASES for tensor in case.tensors]
     assert {(case.option, case.dtypes) for case in CASES} == set(itertools.product(ALL_OPTIONS, DTYPES))
-    assert {tensor.data for _, tensor in tensors} == set(DATA)
+    assert {tensor.data for _, tensor in tensors} == {*DATA, *NARROW}
     layouts = {(tensor.layouts[0], tensor.layouts[1]) for _, tensor in tensors if len(tensor.shape) == 4}
     assert layouts == set(itertools.product(LAYOUTS, LAYOUTS))
     for axis, layout in itertools.product(("out", "in", "tensor", (0,)), LAYOUTS):

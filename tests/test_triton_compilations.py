@@ -42,10 +42,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[list[st
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from triton.runtime import driver
 
-    from fastwrs.triton_kernels import gate, kernels, launch
+    from fastwrs.triton_kernels import gate, kernels, launch, shift
 
     seen: list[str] = []
-    all_kernels: Any = (gate.gate_kernel, kernels.step_kernel, kernels.finish_kernel, kernels.project_kernel)
+    all_kernels: Any = (gate.gate_kernel, shift.shift_kernel, kernels.step_kernel, kernels.project_kernel)
     for kernel in all_kernels:
         kernel.device_caches.clear()
 
@@ -86,10 +86,20 @@ def numel(param: lists.Param) -> int:
 
 
 @pytest.mark.parametrize("name", ["resnet50", "llama_1b"])
-@pytest.mark.parametrize(("rule", "kernels"), [("AdamW", ["step_kernel"]), ("AdamP", ["gate_kernel", "step_kernel"])])
-def test_one_compilation_for_a_list(compiled: list[str], name: str, rule: str, kernels: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("rule", "options", "kernels"),
+    [
+        ("AdamW", {}, ["step_kernel"]),
+        ("AdamP", {}, ["gate_kernel", "step_kernel"]),
+        ("SGD", {"shifted_l2": (1e-4, 1e-3)}, ["shift_kernel", "step_kernel"]),
+    ],
+    ids=["AdamW", "AdamP", "shifted"],
+)
+def test_one_compilation_for_a_list(
+    compiled: list[str], name: str, rule: str, options: dict[str, Any], kernels: list[str]
+) -> None:
     """Whatever changes from step to step: learning rate, step, decay, where gradients lie, GradScaler's tensors."""
-    optimizer: Any = getattr(fastwrs, rule)(groups_of(name), lr=1e-3, weight_decay=0.0, backend="triton")
+    optimizer: Any = getattr(fastwrs, rule)(groups_of(name), lr=1e-3, weight_decay=0.0, backend="triton", **options)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for step in range(6):
         optimizer.step()
@@ -123,4 +133,4 @@ def test_one_compilation_for_each_variant(compiled: list[str]) -> None:
     optimizer = fastwrs.SGD([whole], lr=0.1, backend="triton", rescale=fastwrs.Rescale(axis="tensor"))
     optimizer.step()
     optimizer.step()
-    assert compiled[4:] == ["finish_kernel", "project_kernel"]
+    assert compiled[4:] == ["project_kernel"]

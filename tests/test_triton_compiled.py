@@ -36,6 +36,7 @@ FLOATS = ("float32", "float32", "float32")
 PLAIN = Kernel("step", "sgd", 0, FLOATS, False, False)
 HELD = Kernel("step", "adam", 2, FLOATS, False, False)
 BEFORE_GATE = Kernel("gate", "sgdp", 1, FLOATS, False, False)
+BEFORE_SHIFT = Kernel("shift", "sgd_shifted", 0, FLOATS, False, False)
 BROKEN = (
     (_mutant("no hint at addresses", ADDRESS, ADDRESS_WITHOUT, "access"), PLAIN, r": 0\+0 .*vectors"),
     (
@@ -51,6 +52,16 @@ BROKEN = (
             "gate",
         ),
         BEFORE_GATE,
+        r": 0\+0 .*vectors",
+    ),
+    (
+        _mutant(
+            "no hint at counts before a shift",
+            "    if ALIGNED:\n        count =",
+            "    if WALK:\n        count =",
+            "shift",
+        ),
+        BEFORE_SHIFT,
         r": 0\+0 .*vectors",
     ),
     (_mutant("no hint at counts", COUNT, COUNT_WITHOUT), PLAIN, r": (4\+4|2\+2) .*vectors"),
@@ -93,6 +104,7 @@ PLANTED = [
 
 
 GATED = {("adamp", 2): 8, ("sgdp", 1): 8}
+LOOKING = GATED | {("sgd_shifted", 0): 8, ("sgd_shifted", 1): 8}
 
 
 class Builds:
@@ -140,11 +152,12 @@ def test_every_kernel_is_there(builds: Builds, target: str) -> None:
     # of each rule with each number of states: six triples of dtypes or three, norms measured or not, strided or not
     steps = [(kernel.rule, kernel.slots) for kernel in kernels if kernel.kind == "step"]
     counts = {step: steps.count(step) for step in steps}
-    # of those with a gate two triples, each with a kernel before the gate, strided or not
+    # of those that look first two triples, each with a kernel before the gate, strided or not, or one before the shift
     each = 24 if target == "sm_90" else 12
-    assert counts == dict.fromkeys([("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3)], each) | GATED
+    assert counts == dict.fromkeys([("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3)], each) | LOOKING
     gates = [(kernel.rule, kernel.slots) for kernel in kernels if kernel.kind == "gate"]
     assert {gate: gates.count(gate) for gate in gates} == dict.fromkeys(GATED, 4)
+    assert sum(kernel.kind == "shift" for kernel in kernels) == 4
 
 
 @everywhere
@@ -162,8 +175,8 @@ def test_what_is_a_spill_on_amd(vector: int, stack: int, is_fault: bool) -> None
         "private_segment_fixed_size": stack,
     }
     text = "".join(f"    .{name}: {number}\n" for name, number in numbers.items())
-    finish = Kernel("finish", "sgd", 0, FLOATS, False, False)
-    row = triton_code.read_amd(Row("gfx942", finish), {"amdgcn": text})
+    project = Kernel("project", "sgd", 0, FLOATS, False, False)
+    row = triton_code.read_amd(Row("gfx942", project), {"amdgcn": text + "global_atomic_add"})
     assert (row.registers, row.spills, row.moved, row.stack) == (100, vector, 9, stack)
     assert bool(triton_code.spills(row)) == is_fault
 
@@ -174,7 +187,7 @@ def test_memory_is_moved_in_16_bytes(builds: Builds, target: str) -> None:
     assert [fault for row in rows for fault in triton_code.narrow_accesses(row)] == []
     # Plain fp32 has 16 bytes for every thread: what is asked for is not nothing.
     arrays = [row for row in rows if row.kernel.kind == "step" and row.kernel.dtypes == FLOATS and row.needed.loads]
-    assert len(arrays) == 8 + 2 * len(GATED)
+    assert len(arrays) == 8 + 2 * len(LOOKING)
 
 
 @everywhere
@@ -185,9 +198,10 @@ def test_steps_are_advanced_after_all_have_read_them(builds: Builds, target: str
 @pytest.mark.parametrize(
     ("lines", "is_last"),
     [
-        ("st.global a; bar.sync 0; ld.global b; atom.global c", True),
-        ("bar.sync 0; st.global a; atom.global c", False),
-        ("st.global a; atom.global c; bar.sync 0", False),
+        ("st.global a; bar.sync 0; atom.global b; st.global c; bar.sync 0; ld.global d; atom.global e", True),
+        ("st.global a; bar.sync 0; atom.global b; bar.sync 0; st.global c; atom.global d", False),
+        ("st.global a; bar.sync 0; atom.global b; st.global c; atom.global d; bar.sync 0", False),
+        ("bar.sync 0; st.global a; atom.global b; st.global c; bar.sync 0; atom.global d", False),
     ],
 )
 def test_what_takes_its_ticket_last(lines: str, is_last: bool) -> None:

@@ -52,12 +52,12 @@ class Device:
         self._hosts[id(table.device)] = table.host, table.device
         return table
 
-    def launch(self, variant: Any, table: Tensor, _tiles: Any) -> None:
+    def launch(self, _variant: Any, table: Tensor, _tiles: Any) -> None:
         from fastwrs.triton_kernels.table import HEADER
 
         host = self._hosts[id(table)][0]
-        last, tensors = (int(host[HEADER.index(word)]) for word in ("gate_tickets", "tensors"))
-        used = last + (tensors + 1) // 2 * variant.gated
+        last, programs = (int(host[HEADER.index(word)]) for word in ("gate_map", "gate_tiles"))
+        used = last + (programs + 1) // 2
         stale = (table[:used] != host[:used]).nonzero().flatten().tolist()
         assert not stale, f"launch {len(self.launched)}: the device's table is stale at words {stale[:8]} of {used}"
         self.launched.append(table)
@@ -109,6 +109,10 @@ def sgd(params: Any, **more: Any) -> Any:
 
 def adamp(params: Any, **more: Any) -> Any:
     return fastwrs.AdamP(params, **({"lr": 0.1, "backend": "triton"} | more))
+
+
+def shifted(params: Any, **more: Any) -> Any:
+    return sgd(params, shifted_l2=(0.1, 0.2), **more)
 
 
 def memory_of(optimizer: Any) -> Any:
@@ -175,7 +179,7 @@ def change(optimizer: Any, dice: random.Random) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("kind", [sgd, adamp])
+@pytest.mark.parametrize("kind", [sgd, adamp, shifted])
 def test_the_device_has_what_the_host_has(
     device: Device, kind: Callable[..., Any], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,15 +379,19 @@ def test_nothing_is_allocated_between_launches(device: Device, what: str, monkey
 # ---- compilation ----------------------------------------------------------------------------------------------------
 
 
-def test_what_was_compiled_before_is_what_is_launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", ["sgdp", "sgd_shifted"])
+def test_what_was_compiled_before_is_what_is_launched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rule: str
+) -> None:
     """The warm-up compiles with the key that the launch asks for: on another table, it compiles nothing more."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     library.load()
     from triton.runtime import driver
 
-    from fastwrs.triton_kernels import gate, kernels, launch
+    from fastwrs.triton_kernels import gate, kernels, launch, shift
 
-    every_kernel: Any = (gate.gate_kernel, kernels.step_kernel, kernels.finish_kernel, kernels.project_kernel)
+    first = gate.gate_kernel if rule == "sgdp" else shift.shift_kernel
+    every_kernel: Any = (first, kernels.step_kernel, kernels.project_kernel)
 
     def compiled() -> int:
         return sum(len(caches[0]) for kernel in every_kernel for caches in kernel.device_caches.values())
@@ -395,9 +403,9 @@ def test_what_was_compiled_before_is_what_is_launched(monkeypatch: pytest.Monkey
     monkeypatch.setattr(launch, "_compiled", set())
     for kernel in every_kernel:
         kernel.device_caches.clear()
-    variant = launch.Variant("sgdp", 1, ("float32", "float32", "float32"), False, False)
+    variant = launch.Variant(rule, 1, ("float32", "float32", "float32"), False, False)
     tables = [torch.zeros(words, dtype=torch.int64) for words in (64, 1000)]
-    launch.compile_once(variant, tables[0], launch.Programs(5, 1, 3, 2))
+    launch.compile_once(variant, tables[0], launch.Programs(5, 3, 2))
     assert compiled() == len(every_kernel)
     keys: list[Any] = []
     for kernel in every_kernel:  # what the launch finds is not run, for there is no GPU
@@ -410,7 +418,7 @@ def test_what_was_compiled_before_is_what_is_launched(monkeypatch: pytest.Monkey
                     packed_metadata=None,
                 )
     for table in tables:
-        launch.launch(variant, table, launch.Programs(7, 2, 4, 3))
+        launch.launch(variant, table, launch.Programs(7, 4, 3))
     assert compiled() == len(every_kernel), "the launch has compiled something"
     assert len(keys) == 2 * len(every_kernel)
     for kernel in every_kernel:
@@ -427,14 +435,14 @@ def test_kernels_are_loaded_when_they_are_compiled(monkeypatch: pytest.MonkeyPat
         compiled = SimpleNamespace(_init_handles=lambda: loaded.append(name))
         return SimpleNamespace(warmup=lambda *_, **__: compiled)
 
-    names = ["step", "finish", "project"]
+    names = ["step", "project"]
     monkeypatch.setattr(launch, "_compiled", set())
     monkeypatch.setattr(launch, "_current", lambda _device: nullcontext())
     monkeypatch.setattr(launch, "_launches", lambda *_: [(kernel(name), 1, {}) for name in names])
     variant = launch.Variant("sgd", 0, ("float32", "float32", "float32"), False, False)
     for place, expected in (("cpu", []), ("cuda:0", names), ("cuda:0", names), ("cuda:1", names * 2)):
         table: Any = SimpleNamespace(device=torch.device(place))
-        launch.compile_once(variant, table, launch.Programs(1, 1, 1))
+        launch.compile_once(variant, table, launch.Programs(1, 1))
         assert loaded == expected
 
 

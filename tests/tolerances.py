@@ -8,6 +8,7 @@ formula loses when it is run in the kernel's compute type with the same final ro
 
 - A parameter: ``max(|w before|, |w after|, |lr * u|)``.
 - What a gate takes out of the step (AdamP, SGDP) is one more term of u, and of a state that is projected with it.
+- What shifted L2 adds to the gradient is a sum of w - mu, its part eps / s, and mu: the largest counts.
 - A state: ``max(|before|, |after of the magnitudes|)``, where the second is the state that the oracle computes from the
   absolute values of all inputs without ``maximize``. Nothing cancels there, so it bounds every term: in
   ``beta1 * m + (1 - beta1) * g`` the gradient may cancel the moment, and with coupled weight decay ``g`` is itself the
@@ -188,12 +189,15 @@ def _loss(got: Tensor, truth: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
 def _truth(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What is right, in fp64, and the magnitudes whose ulps count, by name."""
     right = inputs.run(torch.float64)
+    grad, without = inputs.grad.abs(), {None: {}, "gate": {"delta": 0}, "shift": {"shifted_l2_lam": 0}}
+    if right.added is not None:  # one more term of the gradient
+        grad = grad.double() + right.added * (inputs.grad_scale or 1)
     summed = replace(
         inputs,
         param=inputs.param.abs(),
-        grad=inputs.grad.abs(),
+        grad=grad,
         states={name: state.abs() for name, state in inputs.states.items()},
-        hyper={**inputs.hyper, "maximize": 0} | ({"delta": 0} if RULES[inputs.rule].gated else {}),
+        hyper={**inputs.hyper, "maximize": 0} | without[RULES[inputs.rule].look],
     ).run(torch.float64)
     removed = torch.zeros_like(right.update) if right.removed is None else right.removed.abs()
     before = {"param": inputs.param, **inputs.states}
@@ -201,7 +205,9 @@ def _truth(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     in_states = inputs.hyper.get("project_momentum") and not inputs.hyper["nesterov"]
     projected = removed if in_states else torch.zeros_like(removed)
     scales = {name: _largest(before[name], summed.states[name], projected) for name in inputs.states}
-    scales["param"] = _largest(inputs.param, right.param, inputs.lr * right.update, inputs.lr * removed)
+    added = torch.zeros_like(removed) if right.added is None else right.added
+    terms = (inputs.lr * term for term in (right.update, removed, added))
+    scales["param"] = _largest(inputs.param, right.param, *terms)
     scales["grad"] = right.grad.abs()
     if right.measured is not None and summed.measured is not None:
         truth["measured"] = right.measured
@@ -272,10 +278,10 @@ def _losses(crowd: Inputs) -> dict[str, float]:
 def _crowds(inputs: Inputs) -> list[Inputs]:
     """Copies of small inputs, each number a little off, along a new first dimension; fp64 becomes fp32.
 
-    A gate looks at dimension 0 and at the tensor as a whole: its copies stay apart.
+    A look at the whole tensor is one at its dimension 0 too: its copies stay apart.
     """
     copies = min(MOST_COPIES, math.ceil(CROWD / max(1, inputs.param.numel())))
-    apart = RULES[inputs.rule].gated
+    apart = RULES[inputs.rule].look is not None
     copies = min(copies, MOST_COPIES_APART) if apart else copies
     generator = torch.Generator().manual_seed(1)
 

@@ -56,9 +56,9 @@ class Kernel(NamedTuple):
         return f"{self.kind} {SHORT[self.dtypes[0]]}"
 
     @property
-    def gated(self) -> bool:
-        """Whether its rule has a gate."""
-        return RULES[self.rule].gated
+    def looks(self) -> bool:
+        """Whether its rule looks at whole tensors first."""
+        return RULES[self.rule].look is not None
 
     @property
     def arrays(self) -> tuple[list[str], list[str]]:
@@ -68,11 +68,15 @@ class Kernel(NamedTuple):
         """
         param, grad, state = self.dtypes
         states = [state] * self.slots
-        if self.kind == "finish" or (self.walk and self.kind != "gate"):
+        if self.walk and self.kind not in ("gate", "shift"):
             return [], []
+        if self.kind == "shift":
+            return [param], []
         if self.kind == "project":
             return [param], [param]
-        written = [grad, *states] if self.kind == "gate" else [param, grad, *states[: 1 if self.gated else None]]
+        written = (
+            [grad, *states] if self.kind == "gate" else [param, grad, *states[: 1 if RULES[self.rule].gated else None]]
+        )
         return [param, grad, *states], written
 
     @property
@@ -86,24 +90,25 @@ class Kernel(NamedTuple):
 
 
 def every_kernel() -> list[Kernel]:
-    """All that a step can launch. `finish` depends on few of a variant's properties, `project` on some."""
+    """All that a step can launch. `project` depends on some of a variant's properties alone."""
     kernels: dict[tuple[object, ...], Kernel] = {}
     for rule, dtypes, (measure, walk) in product(RULES.values(), DTYPE_TRIPLES, FLAGS):
         for slots in range(sum(slot.when is None for slot in rule.slots), len(rule.slots) + 1):
             variant = (rule.name, slots, dtypes, measure, walk)
             if rule.gated and not measure:
                 kernels[("gate", *variant)] = Kernel("gate", *variant)
+            if rule.look == "shift" and not measure:
+                kernels.setdefault(("shift", dtypes[0], walk), Kernel("shift", *variant))
             kernels[("step", *variant)] = Kernel("step", *variant)
-            kernels.setdefault(("finish", dtypes[0] == "float64", measure), Kernel("finish", *variant))
             kernels.setdefault(("project", dtypes[0], slots, measure, walk), Kernel("project", *variant))
     return list(kernels.values())
 
 
 def usual_kernels(target: str) -> list[Kernel]:
-    """For CI: of the rules with a gate those of two triples of dtypes, on AMD's GPUs of the others three."""
-    gated = [("float32", "float32", "float32"), ("bfloat16", "bfloat16", "float32")]
-    others = [*gated, ("float64",) * 3] if target.startswith("gfx") else DTYPE_TRIPLES
-    return [kernel for kernel in every_kernel() if kernel.dtypes in (gated if kernel.gated else others)]
+    """For CI: of the rules that look first those of two triples of dtypes, on AMD's GPUs of the others three."""
+    looking = [("float32", "float32", "float32"), ("bfloat16", "bfloat16", "float32")]
+    others = [*looking, ("float64",) * 3] if target.startswith("gfx") else DTYPE_TRIPLES
+    return [kernel for kernel in every_kernel() if kernel.dtypes in (looking if kernel.looks else others)]
 
 
 class Accesses(NamedTuple):
@@ -190,7 +195,7 @@ def _compile(folder: str, kernel: Kernel, target: str) -> Row:
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     variant = launch.Variant(*kernel[1:])
-    if kernel.kind == "gate":
+    if kernel.kind in ("gate", "shift"):
         variant = variant._replace(gate_walk=kernel.walk)
     function, constants = getattr(variant, kernel.kind)()
     options = launch.options_for(gpu.backend)
@@ -264,13 +269,14 @@ def read_amd(row: Row, code: Mapping[str, Any]) -> Row:
 
 
 def takes_its_ticket_last(row: Row, text: str, barrier: str, atomic: str, store: str) -> bool:
-    """Whether there is a barrier between all else that a program writes and the atomic that says that it is done."""
-    if row.kernel.kind == "finish":
-        return True
-    before, *others = re.split(atomic, text)
-    assert len(others) == 1, f"{len(others)} atomics in {row}"
-    *_, behind = re.split(barrier, before)
-    return behind != before and re.search(store, behind) is None
+    """Whether there is a barrier between all else that a program writes and each atomic that says that it is done.
+
+    A step takes a ticket of what its tile is a part of, and one of the launch.
+    """
+    *parts, _ = re.split(atomic, text)
+    assert len(parts) == (2 if row.kernel.kind == "step" else 1), f"{len(parts)} atomics in {row}"
+    behind = [re.split(barrier, part) for part in parts]
+    return all(len(pieces) > 1 and re.search(store, pieces[-1]) is None for pieces in behind)
 
 
 class Compiler:
@@ -385,11 +391,12 @@ that do not move 16 bytes at a time where memory is contiguous and aligned. `doc
 kernels; `docs/triton-full.log` is what `make triton-full` found with the oldest and the newest Triton.
 
 A kernel is named by its phase, its rule with the number of states, and the dtypes of parameter, gradient and states;
-`finish` and `project` by the dtype of the parameter. `gate` comes before the step of a rule with a gate, and has no
-variant of its own where norms are measured. Under each target: registers of a thread, of the kernel that is
-launched plainly, for strided tensors, where norms are measured, and for both; what is spilled would follow in brackets.
-On AMD's GPUs the registers are vector registers; scalar registers that do not suffice are kept in some of them, which
-uses no memory and is no spill. Blocks have 256 threads on NVIDIA's GPUs and 512 on AMD's.
+`project` and `shift` by the dtype of the parameter. `gate` comes before the step of a rule with a gate,
+`shift` before that of SGD with shifted L2; they have no variants of their own where norms are measured. Under each
+target: registers of a thread, of the kernel that is launched plainly, for strided tensors, where norms are measured,
+and for both; what is spilled would follow in brackets. On AMD's GPUs the registers are vector registers; scalar
+registers that do not suffice are kept in some of them, which uses no memory and is no spill. Blocks have 256 threads on
+NVIDIA's GPUs and 512 on AMD's.
 
 16 bytes: loads + stores of 16 bytes in the plain kernel and in the one that measures, on NVIDIA's GPUs or on AMD's,
 where a thread has half as many elements. In `step` the plain kernel has two branches with such accesses, the other one.

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
+
 import interpreted
 import numpy as np
 import torch
@@ -13,9 +16,9 @@ import triton.language as tl
 from tolerances import NORM_BOUND
 from torch import Tensor
 
-from fastwrs.triton_kernels import launch, table
+from fastwrs.triton_kernels import table
 from fastwrs.triton_kernels.kernels import _compensated_sum
-from fastwrs.triton_kernels.numeric import float_of, raise_to
+from fastwrs.triton_kernels.numeric import float_of, one_minus_power, raise_to
 
 
 @triton.jit
@@ -37,8 +40,14 @@ def _powers(bases, exponents, out, SIZE: tl.constexpr):
     tl.store(out + at, raise_to(tl.load(bases + at), tl.load(exponents + at)))
 
 
+@triton.jit
+def _corrections(logs, counts, out, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out + at, one_minus_power(tl.load(logs + at), tl.load(counts + at)))
+
+
 def _added_up(parts: Tensor, height: int, width: int) -> Tensor:
-    """What the finishing kernel makes of partial sums, a row for each part and a column for each norm group."""
+    """What a step adds partial sums up to, a row for each part and a column for each norm group."""
     words = torch.zeros(table.HEADER_WORDS.value + table.ENTRY_WORDS.value, dtype=torch.int64)
     entry, (rows, cols) = words[table.HEADER_WORDS.value :], parts.shape
     words[table.WORKSPACE.value] = parts.data_ptr()
@@ -52,7 +61,7 @@ def _added_up(parts: Tensor, height: int, width: int) -> Tensor:
 def check_partial_sums() -> None:
     """Many rounds of partial sums: each is added once, rounding does not pile up, an infinite one stays one."""
     for rows, cols in ((1, 1), (127, 1), (2048, 1), (5000, 1), (129, 5), (300, 17), (1, 40)):
-        for height, width in ((launch.FINISH_HEIGHT, launch.FINISH_WIDTH), (4, 2)):
+        for height, width in ((64, 32), (4, 2)):
             parts = torch.rand(rows, cols, generator=torch.Generator().manual_seed(rows)) + 0.1
             error = _added_up(parts, height, width).double() / parts.double().sum(0) - 1
             assert float(error.abs().max()) < 2**-22, f"{rows} x {cols}: sums are off by {float(error.abs().max()):.2g}"
@@ -96,4 +105,23 @@ def check_powers() -> None:
         assert bool((error <= allowed).all()), f"{dtype}: {error} where {allowed} are allowed"
 
 
-CHECKS = (check_partial_sums, check_floats, check_powers)
+def check_bias_corrections() -> None:
+    """1 - beta**t: in fp64 what torch computes, to one rounding of the power; in fp32 without what cancels there."""
+    pairs = list(product((0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 0.9999), (1, 2, 3, 10, 30, 100, 1000, 5000)))
+    counts = torch.tensor([float(n) for _, n in pairs], dtype=torch.float64)
+    logs = torch.tensor([math.log(beta) for beta, _ in pairs], dtype=torch.float64)
+    of_torch = torch.tensor([1 - beta**n for beta, n in pairs], dtype=torch.float64)
+    for dtype in (torch.float64, torch.float32):
+        narrow, steps, out = logs.to(dtype), counts.to(dtype), torch.empty(64, dtype=dtype)
+        interpreted.WATCH.register([narrow, steps, out], torch.zeros(1))
+        _corrections[(1,)](narrow, steps, out, 64)
+        error = (out.double() - of_torch).abs()
+        if dtype == torch.float64:
+            early = counts * logs > -0.07  # others may be so close to a tie that they are rounded to its other side
+            assert torch.equal(out[early], of_torch[early]), "early bias corrections are not those of torch"
+            assert float(error.max()) <= 2.0**-53
+        else:
+            assert float((error / of_torch).max()) < 2.0**-22, "bias corrections in fp32 have lost digits"
+
+
+CHECKS = (check_partial_sums, check_floats, check_powers, check_bias_corrections)

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "dtypes.h"
+#include "look.h"
 #include "table.h"
 
 namespace fastwrs {
@@ -39,11 +40,13 @@ struct TensorStep {
   bool maximize;
   bool fresh;  // starts as in a first step though it is not
   double every, start, stop, target, rate, power;
+  bool looks = false;  // the rule looks at the tensor before its weights change, if that has rows
 };
 
 struct StepJob {
   int rule;   // index in the list of rules
   int slots;  // states per tensor
+  LookFacts look;
   Dtypes dtypes;
   std::vector<TensorView> tensors;
   std::vector<TensorStep> steps;

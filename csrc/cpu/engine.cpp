@@ -132,9 +132,9 @@ void conclude_empty(const Call<P>& call, const TensorView& view) {
   }
 }
 
-// `gates`: for a rule with a gate, what its first pass works on, one for each of `works`.
+// `looks`: for a rule that looks first, what its first pass works on, one for each of `works`.
 template <class P>
-void run_call(Call<P>& call, std::vector<Work<compute_t<P>>>& gates, std::vector<Work<compute_t<P>>>& works,
+void run_call(Call<P>& call, std::vector<Work<compute_t<P>>>& looks, std::vector<Work<compute_t<P>>>& works,
               void* workspace, int64_t workspace_bytes, const Threads& threads) {
   using C = compute_t<P>;
   static WorkerPool<P> pool;
@@ -142,23 +142,23 @@ void run_call(Call<P>& call, std::vector<Work<compute_t<P>>>& gates, std::vector
 
   call.store = Loops<P>::store(leaves());
   call.sum = Loops<P>::sum(leaves());
-  Phase<P> advance(call, gates, &Worker<P>::advance_states), rows(call, gates, &Worker<P>::finish_rows),
-      decide(call, gates, &Worker<P>::decide);
+  Phase<P> look(call, looks, &Worker<P>::look_at), rows(call, looks, &Worker<P>::finish_rows),
+      settle(call, looks, &Worker<P>::settle);
   Phase<P> first(call, works, &Worker<P>::first_phase), finish(call, works, &Worker<P>::finish),
       scale(call, works, &Worker<P>::scale);
   int64_t needed = 0;
-  for (size_t i = 0; i < gates.size(); ++i) {
-    TensorPlan& p = gates[i].plan;
+  for (size_t i = 0; i < looks.size(); ++i) {
+    TensorPlan& p = looks[i].plan;
     p.cut();
-    const bool gated = p.sums() && p.items > 0, in_parts = p.path == TensorPlan::kTwoPhases;
+    const bool has_rows = p.sums() && p.items > 0, in_parts = p.path == TensorPlan::kTwoPhases;
     const int64_t groups = p.geometry.groups();
-    gates[i].gate = works[i].gate = gated ? needed : -1;
-    if (gated) needed += kGateRows + kGateSums * groups;
+    looks[i].look = works[i].look = has_rows ? needed : -1;
+    if (has_rows) needed += call.look.head + call.look.sums * groups;
     p.workspace = needed;
     needed += p.workspace_size();
-    advance.add(p.items, p.geometry.numel());
-    rows.add(gated && in_parts ? p.geometry.units * p.strips : 0, p.sum_size());
-    decide.add(gated ? 1 : 0, kGateSums * groups);
+    look.add(p.items, p.geometry.numel());
+    rows.add(has_rows && in_parts ? p.geometry.units * p.strips : 0, p.sum_size());
+    settle.add(has_rows ? 1 : 0, call.look.sums * groups);
   }
   for (Work<C>& w : works) {
     TensorPlan& p = w.plan;
@@ -180,11 +180,11 @@ void run_call(Call<P>& call, std::vector<Work<compute_t<P>>>& gates, std::vector
     call.workspace = own_workspace.data();
   }
   auto workers = pool.take(threads.count);
-  for (auto& worker : workers) worker->reserve(call, gates, works);
+  for (auto& worker : workers) worker->reserve(call, looks, works);
 
-  advance.run(workers, threads);
+  look.run(workers, threads);
   rows.run(workers, threads);
-  decide.run(workers, threads);
+  settle.run(workers, threads);
   first.run(workers, threads);
   finish.run(workers, threads);
   scale.run(workers, threads);
@@ -224,40 +224,57 @@ struct ScalarCache {
   }
 };
 
-// What a rule's gate has to know, in fields of the tensor's work; for a rule without one nothing.
+// What a rule's look has to know, in fields of the tensor's work; for a rule without one nothing.
 template <class Rule, class C>
-void fill_gate_of([[maybe_unused]] const double* h, [[maybe_unused]] Work<C>& w) {
-  if constexpr (Rule::kGated) {
-    w.gate_eps = C(h[Rule::kEps]);
-    w.gate_delta = C(h[Rule::kDelta]);
-    w.nesterov = h[Rule::kNesterov] != 0;
+void fill_look_of([[maybe_unused]] const double* h, [[maybe_unused]] Work<C>& w) {
+  if constexpr (Rule::kLook != Look::kNone) w.look_eps = C(h[Rule::kEps]);
+  if constexpr (Rule::kLook == Look::kGate) {
+    w.look_other = C(h[Rule::kDelta]);
+    w.unscales_late = h[Rule::kNesterov] != 0;
+  } else if constexpr (Rule::kLook == Look::kShift) {
+    w.look_other = C(h[Rule::kLam]);
+    w.unscales_late = true;
   }
 }
 template <class C>
-void fill_gate(int rule, const double* h, Work<C>& w) {
+void fill_look(int rule, const double* h, Work<C>& w) {
   int index = 0;
 #define FASTWRS_RULE(Rule) \
-  if (rule == index++) fill_gate_of<Rule>(h, w);
+  if (rule == index++) fill_look_of<Rule>(h, w);
   FASTWRS_RULES(FASTWRS_RULE)
 #undef FASTWRS_RULE
+}
+
+// What the first pass works on: the rows of dimension 0. Nothing, if it would have no sums to make and no states to
+// change.
+template <class C>
+Work<C> look_of_tensor(const StepJob& job, size_t i, const Work<C>& work, TensorView& view) {
+  view = view_of_rows(job.tensors[i], job.look.changes_states ? job.tensors[i].arrays : 1);
+  const bool sums = job.steps[i].looks && view.reduced != 0;
+  Work<C> look = work;
+  look.view = &view;
+  look.plan = TensorPlan();
+  std::fill_n(look.plan.wants, job.look.sums, sums);
+  if (sums || job.look.changes_states) look.plan.geometry = geometry_of(view, sums);
+  return look;
 }
 
 template <class P>
 void step_typed(const StepJob& job, const Threads& threads) {
   using C = compute_t<P>;
   Call<P> call;
-  call.advance = leaves().advance(job.rule, job.dtypes.param, job.dtypes.grad, job.dtypes.state);
+  call.look_at = leaves().look_at(job.rule, job.dtypes.param, job.dtypes.grad, job.dtypes.state);
+  call.look = job.look;
   call.update = leaves().update(job.rule, job.slots, job.dtypes.param, job.dtypes.grad, job.dtypes.state);
   call.dtypes = job.dtypes;
   call.grad_scale = job.grad_scale.value;
   call.measured = job.measured;
   static thread_local std::vector<Work<C>> works;  // kept, for a long list costs more to allocate than to fill
   works.assign(job.tensors.size(), Work<C>());
-  static thread_local std::vector<Work<C>> gates;
-  static thread_local std::vector<TensorView> gate_views;
-  gates.clear();
-  gate_views.clear();
-  gate_views.reserve(job.tensors.size());  // works point to them
+  static thread_local std::vector<Work<C>> looks;
+  static thread_local std::vector<TensorView> look_views;
+  looks.clear();
+  look_views.resize(call.look_at ? job.tensors.size() : 0);
   std::vector<float> finished(job.tensors.size());
   ScalarCache scalars;
   for (size_t i = 0; i < works.size(); ++i) {
@@ -277,17 +294,11 @@ void step_typed(const StepJob& job, const Threads& threads) {
     w.plan.wants[kUpdated] = measure || w.plan.projection.rescale;
     w.plan.wants[kGrad] = w.plan.wants[kUpdate] = measure;
     w.plan.geometry = geometry_of(*w.view, w.plan.sums());
-    if (!call.advance) continue;
-    fill_gate(job.rule, s.rule_record, w);
-    gate_views.push_back(view_of_gate(*w.view));
-    gates.push_back(w);
-    Work<C>& gate = gates.back();
-    gate.view = &gate_views.back();
-    gate.plan = TensorPlan();
-    std::fill_n(gate.plan.wants, int(kSums), gate.view->reduced != 0);
-    gate.plan.geometry = geometry_of(*gate.view, gate.plan.sums());
+    if (!call.look_at) continue;
+    fill_look(job.rule, s.rule_record, w);
+    looks.push_back(look_of_tensor(job, i, w, look_views[i]));
   }
-  run_call(call, gates, works, job.workspace, job.workspace_bytes, threads);
+  run_call(call, looks, works, job.workspace, job.workspace_bytes, threads);
   for (size_t i = 0; i < works.size(); ++i) *job.steps[i].step = finished[i];
 }
 
@@ -306,8 +317,8 @@ void project_typed(const std::vector<TensorView>& tensors, const double* target,
     works[i].plan.wants[kUpdated] = true;
     works[i].plan.geometry = geometry_of(tensors[i], true);
   }
-  std::vector<Work<C>> no_gates;
-  run_call(call, no_gates, works, nullptr, 0, threads);
+  std::vector<Work<C>> no_looks;
+  run_call(call, no_looks, works, nullptr, 0, threads);
 }
 
 // Calls body with a value of the C++ type that `dtype` names.

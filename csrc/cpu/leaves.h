@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "../core/table.h"
-#include "../norms/gate.h"
+#include "../norms/looks.h"
 #include "../norms/measured.h"
 
 namespace fastwrs::cpu {
@@ -23,32 +23,38 @@ struct UpdateArgs {
   void* sums;
   bool measures;
   void* levels[kSums];  // scratch for each sum
-  void* squares;        // of rules with a gate: an Accumulator that the updated weights are added to, or null
+  void* squares;        // of rules that look: an Accumulator that the updated weights are added to, or null
   void* behind;         // other n elements of the compute type, to be multiplied by behind_factor on the way, or null
   double behind_factor;
   const void* scalars;  // Rule::Scalars in the compute type
   double grad_scale;    // 0: none
   bool maximize;
-  // Of rules with a gate: what part of the weights is taken out of the step, one number or (compute type) one for each.
-  bool open;
-  double along;
-  const void* along_each;
+  // Of rules that look first: whether there is something to be told, and the numbers, the same for all elements or
+  // (compute type) of each.
+  bool tells;
+  double told[kMostEach];
+  const void* told_each[kMostEach];  // all or none
   int64_t n;
 };
 
-// A run in the first pass of a rule with a gate.
-struct AdvanceArgs {
+// A run in the first pass of a rule that looks at whole tensors.
+struct LookArgs {
   const void* param;
+  // Accumulators of the compute type that the sums are made in, or all null: the values are left in scratch.
+  void* sums[kMostSums];
+  int64_t n;
+  // Where it changes the states (kGate).
   void* grad;  // written only when grad_scale is not 0 and `unscales`
   void* state[kMaxSlots];
-  // Of the compute type: widened weights, the gradient that the rule sees, the step to be judged.
-  void *weights, *slope, *step;
-  // Accumulators of the compute type that the products are added to, or all null: they are left in scratch.
-  void* sums[kGateSums];
+  void *weights, *slope,
+      *step;  // compute type: widened weights, the gradient that the rule sees, the step to be judged
   const void* scalars;
   double grad_scale;
   bool maximize, unscales;
-  int64_t n;
+  // Where it reads the weights alone (kShift): the channel's origin, the same for all or (compute type) of each.
+  void* distances;  // compute type
+  double origin;
+  const void* origin_each;
 };
 
 // Sums of squares of a group's elements, one per column, as a cascade: 8 turns of `width` lanes make a block, blocks
@@ -95,11 +101,11 @@ struct StoreLeaves {
 // is.
 constexpr int kStatistics = 4;
 
-using Advance = void (*)(const AdvanceArgs&);
+using LookAt = void (*)(const LookArgs&);
 
 struct Leaves {
   const char* isa;
-  Advance (*advance)(int rule, Dtype param, Dtype grad, Dtype state);  // null: the rule has no gate
+  LookAt (*look_at)(int rule, Dtype param, Dtype grad, Dtype state);  // null: the rule does not look
   void (*(*update)(int rule, int slots, Dtype param, Dtype grad,
                    Dtype state))(const UpdateArgs&);  // null: not a triple
   void (*reduce_measured)(const float* rows, int64_t count, float* statistics);

@@ -5,80 +5,11 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../core/dtypes.h"
-#include "../norms/gate.h"
-#include "engine.h"
+#include "../norms/looks.h"
 #include "gather.h"
-#include "leaves.h"
-#include "plan.h"
+#include "work.h"
 
 namespace fastwrs::cpu {
-
-constexpr int kMaxScalars = 16;
-
-// The parts of a run that depend on the type of the parameter.
-template <class P>
-struct Loops;
-template <>
-struct Loops<float> {
-  static const StoreLeaves<float>& store(const Leaves& l) { return l.store_float; }
-  static const SumLeaves<float>& sum(const Leaves& l) { return l.sum_float; }
-};
-template <>
-struct Loops<double> {
-  static const StoreLeaves<double>& store(const Leaves& l) { return l.store_double; }
-  static const SumLeaves<double>& sum(const Leaves& l) { return l.sum_double; }
-};
-template <>
-struct Loops<bfloat16> {
-  static const StoreLeaves<bfloat16>& store(const Leaves& l) { return l.store_bfloat16; }
-  static const SumLeaves<float>& sum(const Leaves& l) { return l.sum_float; }
-};
-template <>
-struct Loops<float16> {
-  static const StoreLeaves<float16>& store(const Leaves& l) { return l.store_float16; }
-  static const SumLeaves<float>& sum(const Leaves& l) { return l.sum_float; }
-};
-
-// One tensor, ready to be worked on.
-template <class C>
-struct Work {
-  TensorPlan plan;
-  const TensorView* view;
-  C scalars[kMaxScalars];
-  bool maximize = false;
-  // Rules with a gate: where in the workspace this tensor's is (-1: it has none), and the rule's numbers for it.
-  int64_t gate = -1;
-  C gate_eps = 0, gate_delta = 0;
-  bool nesterov = false;  // the second pass reads the gradient again, and is then the one that unscales it
-};
-static_assert(int(kGateSums) == int(kSums), "a worker's sums are either");
-
-// What all tensors of a call have in common.
-template <class P>
-struct Call {
-  using C = compute_t<P>;
-  void (*update)(const UpdateArgs&) = nullptr;  // null: parameters are projected or measured, not updated
-  Advance advance = nullptr;                    // the first pass of a rule with a gate
-  Dtypes dtypes{};
-  double grad_scale = 0;
-  bool writes = true;         // false: norms are read and nothing else
-  float* measured = nullptr;  // [rows, 8]
-  C* norms = nullptr;         // [rows]
-  C* workspace = nullptr;
-  StoreLeaves<P> store;
-  SumLeaves<C> sum;
-
-  int64_t element_size(int array) const {
-    return size_of(array == 0 ? dtypes.param : array == 1 ? dtypes.grad : dtypes.state);
-  }
-};
-
-// Where the arrays of a run begin.
-struct Cursor {
-  char* array[kMaxArrays];
-  int64_t element;
-};
 
 template <class P>
 class Worker {
@@ -87,11 +18,11 @@ class Worker {
 
  public:
   // Scratch for the largest of the call's tensors; allocated before anything is written.
-  void reserve(const Call<P>& call, const std::vector<Work<C>>& gates, const std::vector<Work<C>>& works) {
+  void reserve(const Call<P>& call, const std::vector<Work<C>>& looks, const std::vector<Work<C>>& works) {
     int64_t tile = 0, sums = 0, storage = 0;
     bool strided = false;
-    for (size_t i = 0; i < gates.size() + works.size(); ++i) {
-      const TensorPlan& p = (i < gates.size() ? gates[i] : works[i - gates.size()]).plan;
+    for (size_t i = 0; i < looks.size() + works.size(); ++i) {
+      const TensorPlan& p = (i < looks.size() ? looks[i] : works[i - looks.size()]).plan;
       if (p.items == 0) continue;
       tile = std::max(tile, p.tile_size());
       strided = strided || p.geometry.strided();
@@ -102,12 +33,13 @@ class Worker {
         storage = std::max(storage, Accumulator<C>::storage_for(p.strip, p.row_items * p.strip));
       }
     }
-    for (const Work<C>& w : gates) {
-      if (w.gate >= 0) storage = std::max(storage, Accumulator<C>::storage_for(1, w.plan.geometry.groups()));
+    for (const Work<C>& w : looks) {
+      if (w.look >= 0) storage = std::max(storage, Accumulator<C>::storage_for(1, w.plan.geometry.groups()));
     }
     staged_.resize(kInPlace ? 0 : tile);
-    for (auto* run : {&updated_, &step_, &grad_, &along_}) run->resize(kLongestRun);
+    for (auto* run : {&updated_, &step_, &grad_, &told_[0], &told_[1]}) run->resize(kLongestRun);
     for (auto& s : sums_) s.resize(sums);
+    origins_.resize(looks.empty() ? 0 : sums);
     for (int k = 0; k < kSums; ++k) {
       storage_[k].resize(storage);
       accumulators_[k].levels = nullptr;
@@ -116,28 +48,29 @@ class Worker {
     for (int k = 0; k < kMaxArrays; ++k) gathered_[k].resize(strided ? tile * call.element_size(k) : 0);
   }
 
-  // The first pass of a rule with a gate: states, and the sums of every row (or parts of them).
-  void advance_states(const Call<P>& call, const Work<C>& w, int64_t item) {
+  // The first pass of a rule that looks: the sums of every row (or parts of them), and states if it changes these.
+  void look_at(const Call<P>& call, const Work<C>& w, int64_t item) {
     const TensorPlan& p = w.plan;
+    const bool writes = call.look.changes_states;
     const auto run = [&](const Cursor& at, int64_t n) {
-      for (int64_t i = 0; i < n; i += p.run) advance_run(call, w, advance(call, w, at, i), std::min(p.run, n - i));
+      for (int64_t i = 0; i < n; i += p.run) look_at_run(call, w, advance(call, w, at, i), std::min(p.run, n - i));
     };
     if (p.path == TensorPlan::kOnePass) {
       const int64_t begin = item * p.units_per_item, end = std::min(p.geometry.units, begin + p.units_per_item);
       const int64_t size = p.geometry.unit_size(), cols = p.geometry.cols;
       for (int64_t unit = begin; unit < end; unit += p.units_per_tile) {
         const int64_t units = std::min(p.units_per_tile, end - unit);
-        start_sums(call, p, cols, size);
-        with_run(call, w, unit * size, units * size, true, [&](const Cursor& at) { run(at, units * size); });
-        for (int k = 0; k < kGateSums; ++k) {
-          std::memcpy(rows_of_gate(call, w, k) + unit * cols, sums_[k].data(), units * cols * sizeof(C));
+        start_rows(call, w, unit * cols, units * cols, cols, size);
+        with_run(call, w, unit * size, units * size, writes, [&](const Cursor& at) { run(at, units * size); });
+        for (int k = 0; k < call.look.sums; ++k) {
+          std::memcpy(rows_of_look(call, w, k) + unit * cols, sums_[k].data(), units * cols * sizeof(C));
         }
       }
       return;
     }
     const Block b = p.block(item);
-    start_sums(call, p, b.columns, b.rows * b.columns);
-    for_runs(call, w, b, true, run);
+    start_rows(call, w, b.unit * p.geometry.cols + b.first_column, b.columns, b.columns, b.rows * b.columns);
+    for_runs(call, w, b, writes, run);
     leave_partial_sums(call, p, b);
   }
 
@@ -145,37 +78,14 @@ class Worker {
   void finish_rows(const Call<P>& call, const Work<C>& w, int64_t item) {
     const Block b = finish_partial_sums(call, w.plan, item);
     const int64_t row = b.unit * w.plan.geometry.cols + b.first_column;
-    for (int k = 0; k < kGateSums; ++k) {
-      std::memcpy(rows_of_gate(call, w, k) + row, sums_[k].data(), b.columns * sizeof(C));
+    for (int k = 0; k < call.look.sums; ++k) {
+      std::memcpy(rows_of_look(call, w, k) + row, sums_[k].data(), b.columns * sizeof(C));
     }
   }
 
-  // Opens a gate or not.
-  void decide(const Call<P>& call, const Work<C>& w, int64_t /*item*/) {
-    const int64_t rows = w.plan.geometry.groups(), numel = w.plan.geometry.numel();
-    C* gate = call.workspace + w.gate;
-    C largest = 0, sums[kGateSums];
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int k = 0; k < kGateSums; ++k) sums[k] = rows_of_gate(call, w, k)[row];
-      largest = maximum(largest, gate_cosine(sums, w.gate_eps));
-    }
-    gate[kGateAlong] = 0;
-    if (gate_opens(largest, w.gate_delta, numel / rows)) {
-      gate[kGateDecision] = C(int(Gate::kByChannel));
-      for (int64_t row = 0; row < rows; ++row) {
-        for (int k = 0; k < kGateSums; ++k) sums[k] = rows_of_gate(call, w, k)[row];
-        rows_of_gate(call, w, kStepWeight)[row] = gate_along(sums, w.gate_eps);
-      }
-      return;
-    }
-    for (int k = 0; k < kGateSums; ++k) {
-      start_sum(call, k, 1, rows);
-      call.sum.add_values(accumulators_[k], rows_of_gate(call, w, k), rows);
-      call.sum.finish(accumulators_[k], &sums[k]);
-    }
-    const bool opens = gate_opens(gate_cosine(sums, w.gate_eps), w.gate_delta, numel);
-    gate[kGateDecision] = C(int(opens ? Gate::kWhole : Gate::kClosed));
-    if (opens) gate[kGateAlong] = gate_along(sums, w.gate_eps);
+  // Makes of the sums of all rows of a tensor what the second pass is told.
+  void settle(const Call<P>& call, const Work<C>& w, int64_t /*item*/) {
+    call.look.kind == Look::kGate ? open_gate(call, w) : find_shift(call, w);
   }
 
   void first_phase(const Call<P>& call, const Work<C>& w, int64_t item) {
@@ -245,8 +155,71 @@ class Worker {
     return call.workspace + p.workspace + kSums * p.sum_size();
   }
 
-  static C* rows_of_gate(const Call<P>& call, const Work<C>& w, int sum) {
-    return call.workspace + w.gate + kGateRows + sum * w.plan.geometry.groups();
+  static C* rows_of_look(const Call<P>& call, const Work<C>& w, int sum) {
+    return call.workspace + w.look + call.look.head + sum * w.plan.geometry.groups();
+  }
+
+  // Opens a gate or not.
+  void open_gate(const Call<P>& call, const Work<C>& w) {
+    const int64_t rows = w.plan.geometry.groups(), numel = w.plan.geometry.numel();
+    C* gate = call.workspace + w.look;
+    C largest = 0, sums[kGateSums];
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int k = 0; k < kGateSums; ++k) sums[k] = rows_of_look(call, w, k)[row];
+      largest = maximum(largest, gate_cosine(sums, w.look_eps));
+    }
+    gate[kGateAlong] = 0;
+    if (gate_opens(largest, w.look_other, numel / rows)) {
+      gate[kGateDecision] = C(int(Gate::kByChannel));
+      for (int64_t row = 0; row < rows; ++row) {
+        for (int k = 0; k < kGateSums; ++k) sums[k] = rows_of_look(call, w, k)[row];
+        rows_of_look(call, w, kStepWeight)[row] = gate_along(sums, w.look_eps);
+      }
+      return;
+    }
+    for (int k = 0; k < kGateSums; ++k) {
+      start_sum(call, k, 1, rows);
+      call.sum.add_values(accumulators_[k], rows_of_look(call, w, k), rows);
+      call.sum.finish(accumulators_[k], &sums[k]);
+    }
+    const bool opens = gate_opens(gate_cosine(sums, w.look_eps), w.look_other, numel);
+    gate[kGateDecision] = C(int(opens ? Gate::kWhole : Gate::kClosed));
+    if (opens) gate[kGateAlong] = gate_along(sums, w.look_eps);
+  }
+
+  // Slope and mean of every channel, in the place of its sums.
+  void find_shift(const Call<P>& call, const Work<C>& w) {
+    const int64_t channels = w.plan.geometry.groups();
+    const C length = C(w.plan.geometry.numel() / channels);
+    C *slope = rows_of_look(call, w, kSlope), *mean = rows_of_look(call, w, kMean);
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      const C sums[] = {slope[channel], mean[channel]}, origin = origin_of_channel(w, channel);
+      shift_of_channel(sums, origin, length, w.look_other, w.look_eps, slope + channel, mean + channel);
+    }
+  }
+
+  // Begins with `count` rows of a look, from `first` on, of which `cols` lie side by side.
+  void start_rows(const Call<P>& call, const Work<C>& w, int64_t first, int64_t count, int64_t cols, int64_t elements) {
+    start_sums(call, w.plan, cols, elements);
+    if (call.look.kind != Look::kShift || w.look < 0) return;
+    first_row_ = first;
+    for (int64_t i = 0; i < count; ++i) origins_[i] = origin_of_channel(w, first + i);
+  }
+
+  // The same for all parts of a channel: the weights do not change before the second pass.
+  static C origin_of_channel(const Work<C>& w, int64_t channel) {
+    const Geometry& g = w.plan.geometry;
+    const int64_t begin = channel / g.cols * g.unit_size() + channel % g.cols;
+    const int64_t count = std::min<int64_t>(kOriginWeights, g.rows);
+    P weights[kOriginWeights] = {};
+    if (g.strided()) {
+      gather(*w.view, g, 0, sizeof(P), begin, count, reinterpret_cast<char*>(weights));
+    } else {
+      for (int64_t i = 0; i < count; ++i) weights[i] = static_cast<const P*>(w.view->array[0].data)[begin + i * g.cols];
+    }
+    ShiftOrigin<C> origin(C(widen(weights[0])));
+    for (int64_t i = 0; i < count; ++i) origin.add(C(widen(weights[i])));
+    return origin.value();
   }
 
   void leave_partial_sums(const Call<P>& call, const TensorPlan& p, const Block& b) {
@@ -333,14 +306,20 @@ class Worker {
     }
   }
 
-  // Adds the products of two runs to sum k; where a set of groups ends inside it, its sums are written and the next set
-  // begins.
+  // Adds the products of two runs to sum k, or without y the values of one; where a set of groups ends inside it, its
+  // sums are written and the next set begins.
   void feed(const Call<P>& call, int k, const C* x, const C* y, int64_t n) {
     while (n > 0) {
       const int64_t m = std::min(n, group_left_[k]);
-      x == y ? call.sum.add_squares(accumulators_[k], x, m) : call.sum.add_products(accumulators_[k], x, y, m);
+      if (!y) {
+        call.sum.add_values(accumulators_[k], x, m);
+      } else if (x == y) {
+        call.sum.add_squares(accumulators_[k], x, m);
+      } else {
+        call.sum.add_products(accumulators_[k], x, y, m);
+      }
       x += m;
-      y += m;
+      y = y ? y + m : y;
       n -= m;
       group_left_[k] -= m;
       if (group_left_[k] > 0) return;
@@ -355,54 +334,86 @@ class Worker {
 
   void feed(const Call<P>& call, int k, const C* x, int64_t n) { feed(call, k, x, x, n); }
 
-  void advance_run(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t n) {
-    AdvanceArgs args{};
+  // Calls body(begin, count, channel) for the parts of a run that lie in one channel each.
+  template <class Body>
+  static void for_channels(const Geometry& g, int64_t element, int64_t n, const Body& body) {
+    int64_t channel = g.channel_of(element), left = g.channel_inner - element % g.channel_inner;
+    for (int64_t i = 0; i < n; i += left, left = g.channel_inner) {
+      left = std::min(left, n - i);
+      body(i, left, channel);
+      if (++channel == g.channels) channel = 0;
+    }
+  }
+
+  void look_at_run(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t n) {
+    const Geometry& g = w.plan.geometry;
+    LookArgs args{};
     args.param = at.array[0];
-    args.grad = at.array[1];
-    for (int k = 2; k < w.view->arrays; ++k) args.state[k - 2] = at.array[k];
-    args.weights = updated_.data();
-    args.slope = grad_.data();
-    args.step = step_.data();
-    args.scalars = w.scalars;
-    args.grad_scale = call.grad_scale;
-    args.maximize = w.maximize;
-    args.unscales = !w.nesterov;
     args.n = n;
     // The part of a row is summed where it is made.
-    const bool one_row = w.gate >= 0 && w.plan.geometry.cols == 1 && n <= group_left_[0];
-    for (int k = 0; one_row && k < kGateSums; ++k) args.sums[k] = &accumulators_[k];
-    call.advance(args);
-    if (w.gate < 0) return;
-    for (int k = 0; one_row && k < kGateSums; ++k) {
+    const bool one_row = w.look >= 0 && g.cols == 1 && n <= group_left_[0];
+    for (int k = 0; one_row && k < call.look.sums; ++k) args.sums[k] = &accumulators_[k];
+    if (call.look.changes_states) {
+      args.grad = at.array[1];
+      for (int k = 2; k < w.view->arrays; ++k) args.state[k - 2] = at.array[k];
+      args.weights = updated_.data();
+      args.slope = grad_.data();
+      args.step = step_.data();
+      args.scalars = w.scalars;
+      args.grad_scale = call.grad_scale;
+      args.maximize = w.maximize;
+      args.unscales = !w.unscales_late;
+    } else {
+      args.distances = updated_.data();
+      if (one_row) {
+        args.origin = origins_[g.channel_of(at.element) - first_row_];
+      } else {
+        args.origin_each = told_[0].data();
+        for_channels(g, at.element, n, [&](int64_t begin, int64_t count, int64_t channel) {
+          std::fill_n(told_[0].data() + begin, count, origins_[channel - first_row_]);
+        });
+      }
+    }
+    call.look_at(args);
+    if (w.look < 0) return;
+    for (int k = 0; one_row && k < call.look.sums; ++k) {
       if ((group_left_[k] -= n) == 0) finish_group(call, k);
     }
     if (one_row) return;
-    feed(call, kStepWeight, step_.data(), updated_.data(), n);
-    feed(call, kGradWeight, grad_.data(), updated_.data(), n);
-    feed(call, kGradGrad, grad_.data(), n);
-    feed(call, kWeightWeight, updated_.data(), n);
+    if (call.look.changes_states) {
+      feed(call, kStepWeight, step_.data(), updated_.data(), n);
+      feed(call, kGradWeight, grad_.data(), updated_.data(), n);
+      feed(call, kGradGrad, grad_.data(), n);
+      feed(call, kWeightWeight, updated_.data(), n);
+    } else {
+      feed(call, kDistance, updated_.data(), nullptr, n);
+      feed(call, kSquaredDistance, updated_.data(), n);
+    }
   }
 
-  // What the gate of a tensor says about a run.
-  void ask_gate(const Call<P>& call, const Work<C>& w, int64_t element, UpdateArgs& args) {
-    if (w.gate < 0) return;
-    const C* gate = call.workspace + w.gate;
-    args.open = gate[kGateDecision] != C(int(Gate::kClosed));
-    args.along = gate[kGateAlong];
-    if (gate[kGateDecision] != C(int(Gate::kByChannel))) return;
+  // What a look at the tensor tells of a run.
+  void ask(const Call<P>& call, const Work<C>& w, int64_t element, UpdateArgs& args) {
+    if (w.look < 0) return;
+    const C* found = call.workspace + w.look;
+    args.tells = true;
+    if (call.look.kind == Look::kGate) {
+      args.tells = found[kGateDecision] != C(int(Gate::kClosed));
+      args.told[0] = found[kGateAlong];
+      if (found[kGateDecision] != C(int(Gate::kByChannel))) return;
+    }
     const Geometry& g = w.plan.geometry;
-    const C* of_channel = gate + kGateRows;
-    int64_t channel = g.channel_of(element), left = g.channel_inner - element % g.channel_inner;
-    if (left >= args.n) {
-      args.along = of_channel[channel];
-      return;
+    const bool one_channel = g.channel_inner - element % g.channel_inner >= args.n;
+    for (int k = 0; k < call.look.each; ++k) {
+      const C* of_channel = found + call.look.head + k * g.channels;
+      if (one_channel) {
+        args.told[k] = of_channel[g.channel_of(element)];
+        continue;
+      }
+      args.told_each[k] = told_[k].data();
+      for_channels(g, element, args.n, [&](int64_t begin, int64_t count, int64_t channel) {
+        std::fill_n(told_[k].data() + begin, count, of_channel[channel]);
+      });
     }
-    for (int64_t i = 0; i < args.n; i += left, left = g.channel_inner) {
-      left = std::min(left, args.n - i);
-      std::fill_n(along_.data() + i, left, of_channel[channel]);
-      if (++channel == g.channels) channel = 0;
-    }
-    args.along_each = along_.data();
   }
 
   // One run through the rule, with the sums that are wanted; `stored` runs between the update and the sum over its
@@ -416,7 +427,7 @@ class Worker {
     if (call.update) {
       UpdateArgs args = arguments(call, w, at, n, updated);
       args.step = p.wants[kUpdate] ? step_.data() : nullptr;
-      ask_gate(call, w, at.element, args);
+      ask(call, w, at.element, args);
       call.update(args);
       if (p.wants[kUpdate]) feed(call, kUpdate, step_.data(), n);
       if (p.wants[kGrad]) feed(call, kGrad, widened(call, at.array[1], n), n);
@@ -453,17 +464,17 @@ class Worker {
     for (int k = 2; k < w.view->arrays; ++k) args.state[k - 2] = at.array[k];
     args.updated = updated;
     args.scalars = w.scalars;
-    args.grad_scale = call.advance && !w.nesterov ? 0 : call.grad_scale;
+    args.grad_scale = call.look_at && !w.unscales_late ? 0 : call.grad_scale;
     args.maximize = w.maximize;
     args.n = n;
     return args;
   }
 
-  // A gate takes the same out of a whole row where the row lies within a channel.
+  // What a look tells is the same for a whole row where the row lies within a channel.
   static bool takes_rows(const Call<P>& call, const Work<C>& w) {
     const Geometry& g = w.plan.geometry;
     if (!call.update || !w.plan.takes_rows() || call.grad_scale != 0) return false;
-    return !call.advance ||
+    return !call.look_at ||
            (kInPlace && w.plan.units_per_tile == 1 && !w.plan.wants[kUpdate] && g.channel_inner % g.unit_size() == 0);
   }
 
@@ -472,7 +483,7 @@ class Worker {
   void take_rows(const Call<P>& call, const Work<C>& w, int64_t begin, int64_t end) {
     const TensorPlan& p = w.plan;
     const int64_t size = p.geometry.unit_size();
-    if (call.advance) start_sums(call, p, 1, size);
+    if (call.look_at) start_sums(call, p, 1, size);
     C *behind = nullptr, factor = 1, sums[kSums];
     for (int64_t row = begin; row < end; ++row) {
       const Cursor at = cursor(call, w, row * size);
@@ -481,9 +492,9 @@ class Worker {
       UpdateArgs args = arguments(call, w, at, size, updated);
       args.behind = behind;
       args.behind_factor = factor;
-      if (call.advance) {
+      if (call.look_at) {
         args.squares = &accumulators_[kUpdated];
-        ask_gate(call, w, at.element, args);
+        ask(call, w, at.element, args);
         call.update(args);
         call.sum.finish(accumulators_[kUpdated], sums_[kUpdated].data());
       } else {
@@ -553,9 +564,11 @@ class Worker {
     call.store.scale_columns(x, param, n, pattern_, period);
   }
 
-  // staged_: a tile of updated weights that are not stored in the type they are computed in. updated_, step_, grad_: a
-  // run.
-  std::vector<C> staged_, updated_, step_, grad_, along_, sums_[kSums], storage_[kSums], factors_;
+  // staged_: a tile of updated weights that are not stored in the type they are computed in. updated_, step_, grad_,
+  // told_: a run.
+  std::vector<C> staged_, updated_, step_, grad_, told_[kMostEach], sums_[kSums], storage_[kSums], factors_;
+  std::vector<C> origins_;  // of the rows that are looked at, the first of which is first_row_
+  int64_t first_row_ = 0;
   std::vector<char> gathered_[kMaxArrays];
   C pattern_[16 * 64];
   C levels_[kSums][Accumulator<C>::storage_for(1, kUnitLimit)];  // of the row that is taken

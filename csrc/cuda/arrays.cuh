@@ -5,6 +5,7 @@
 
 namespace fastwrs::cuda {
 
+// kSlots -1: the parameter is the only one.
 template <int kSlots, class P, class G, class S, bool kWalk>
 class TileArrays {
  protected:
@@ -27,7 +28,7 @@ class TileArrays {
     if (kWalk) return;
     cut_ = cut_of<kVector>(tile_, param());
     const int64_t first = tile_.base + cut_.head;
-    aligned_ = is_aligned(grad() + first) ? 1 : 0;
+    if constexpr (kArrays > 1) aligned_ = is_aligned(grad() + first) ? 1 : 0;
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) aligned_ |= is_aligned(state(s) + first) ? 2u << s : 0;
   }

@@ -48,11 +48,14 @@ struct Triple {
   static void of_slots(const KernelKey& key, Kernel& found) {
     if constexpr (kSlots >= Rule::kMinSlots) {
       if (key.slots != kSlots) return;
-      if constexpr (Rule::kGated) {
+      if constexpr (Rule::kLook == Look::kGate) {
         const std::string name = std::string("gate_kernel<") + Rule::kName + ">";
         found = FASTWRS_KERNEL_OF(Params<2 + kSlots>, name, gate_kernel<Rule, P, G, S, kWalk>);
-        if (key.phase == Phase::kGate) return;
+      } else if constexpr (Rule::kLook == Look::kShift) {
+        const std::string name = std::string("shift_kernel<") + Rule::kName + ">";
+        found = FASTWRS_KERNEL_OF(Params<1>, name, shift_kernel<Rule, P, kWalk>);
       }
+      if (key.phase == Phase::kLook) return;
       const std::string name = std::string("step_kernel<") + Rule::kName + ", " + std::to_string(kSlots) + " states>";
       found = FASTWRS_KERNEL_OF(Params<2 + kSlots>, name, step_kernel<Rule, kSlots, P, G, S, kWalk>);
     }

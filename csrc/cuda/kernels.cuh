@@ -11,6 +11,7 @@
 #include "arrays.cuh"
 #include "finish.cuh"
 #include "gate.cuh"
+#include "shift.cuh"
 
 namespace fastwrs::cuda {
 
@@ -24,6 +25,7 @@ class Stepper : TileArrays<kSlots, P, G, S, kWalk> {
   using Base::read, Base::write, Base::param, Base::grad, Base::state, Base::find_vectors, Base::values_shift;
   using typename Base::C;
   using RuleRecord = Record<C, typename Rule::template Constants<C>>;
+  static constexpr bool kStatesBefore = LookOf<Rule::kLook>::kChangesStates;  // by gate_kernel
 
  public:
   FASTWRS_DEVICE Stepper(const Params<kArrays>& params, uint32_t tensor)
@@ -37,7 +39,7 @@ class Stepper : TileArrays<kSlots, P, G, S, kWalk> {
     sums_at_once_ = tile_.cols == 1 && tile_.unit_size == tile_.n && !is_measured();
     const bool whole_groups = entry_.kind == TileKind::kUnits || entry_.kind == TileKind::kStrip;
     holds_ = whole_groups && (rescale_ || shrink_);
-    if constexpr (Rule::kGated) gate_.ask(header_, gate_numbers_of(params, tensor), tile_);
+    if constexpr (Rule::kLook != Look::kNone) look_.ask(header_, look_numbers_of(params, tensor), tile_);
   }
 
   FASTWRS_DEVICE void run(const Params<kArrays>& params, uint32_t tensor) {
@@ -72,7 +74,7 @@ class Stepper : TileArrays<kSlots, P, G, S, kWalk> {
       return;
     }
     barrier();  // the values are complete
-    sum_groups<C, kSums>(tile_, wants_, partial, [this](int k, uint32_t place) {
+    sum_groups<C, kSums>(tile_, wants_, partial, [this](int k, uint32_t place, uint32_t) {
       const C x = on_chip<C>(lists_.template of<C>(k, tile_))[place];
       return x * x;
     });
@@ -108,15 +110,15 @@ class Stepper : TileArrays<kSlots, P, G, S, kWalk> {
 
   // A rule with a gate has changed its states before, and mostly is done with the gradient.
   FASTWRS_DEVICE bool unscales() const {
-    if constexpr (Rule::kGated) return scalars_.nesterov != 0;
+    if constexpr (kStatesBefore) return scalars_.nesterov != 0;
     return true;
   }
   FASTWRS_DEVICE bool reads_grad() const { return unscales() || is_measured(); }
   FASTWRS_DEVICE bool writes_states() const {
-    if constexpr (!Rule::kGated) {
+    if constexpr (!kStatesBefore) {
       return true;
     } else if constexpr (Rule::kChangesStateAgain) {
-      return gate_.open && scalars_.project_momentum != 0;
+      return look_.tells && scalars_.project_momentum != 0;
     } else {
       return false;
     }
@@ -180,14 +182,14 @@ class Stepper : TileArrays<kSlots, P, G, S, kWalk> {
 #pragma unroll
       for (int j = 0; j < N; ++j) gradient[j] = -gradient[j];
     }
-    [[maybe_unused]] typename GateAnswer<C>::Next along(gate_, element);
+    [[maybe_unused]] typename LookAnswers<Rule::kLook, C>::Next answers(look_, element);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       C states[kSlots == 0 ? 1 : kSlots], u;
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) states[k] = widen(s[k][j]);
-      if constexpr (Rule::kGated) {
-        u = Rule::update(weight[j], gradient[j], states, along.next(), gate_.open, scalars_);
+      if constexpr (Rule::kLook != Look::kNone) {
+        u = Rule::template update<kSlots>(weight[j], gradient[j], states, answers.next(), scalars_);
       } else {
         u = Rule::template update<kSlots>(weight[j], gradient[j], states, scalars_);
       }
@@ -260,7 +262,7 @@ class Stepper : TileArrays<kSlots, P, G, S, kWalk> {
 
   const RuleRecord& record_;
   typename Rule::template Scalars<C> scalars_;
-  GateAnswer<C> gate_;  // unused, and optimised away, where the rule has none
+  LookAnswers<Rule::kLook, C> look_;
   Lists lists_;
   Compensated<C> sum_;
   uint32_t wants_;

@@ -25,9 +25,10 @@ FASTWRS_HD uint32_t sums_bytes(uint32_t groups, uint32_t wanted, uint32_t thread
   const uint32_t sums = groups == 1 ? kMostLanes : groups > threads ? groups : threads;
   return round_to_words(wanted * sums * uint32_t(sizeof(C))) + round_to_words(groups * uint32_t(sizeof(C)));
 }
-// Bytes that the last block of a tensor with a gate works in: sums of rows by all threads, then numbers of each warp.
+// Bytes that the last block of a tensor that is looked at works in: sums of rows by all threads, then numbers of each
+// warp.
 template <class C>
-FASTWRS_HD uint32_t gate_bytes(uint32_t sums, uint32_t threads) {
+FASTWRS_HD uint32_t look_bytes(uint32_t sums, uint32_t threads) {
   return (sums * threads + (1 + sums) * kWarp) * uint32_t(sizeof(C));
 }
 // Bytes of one list of values; its start is shifted so that vectors of the tile are vectors on chip.

@@ -87,9 +87,9 @@ struct Record {
   Constants constants;
 };
 
-// Rules with a gate: what lies in front of the pool for each tensor. Where its gate is in the workspace, in numbers of
-// the compute type (-1: it has none), and which channel an element belongs to (Geometry::channel_of).
-enum GateNumbers { kGatePlace, kChannelInner, kChannels, kGateNumbers };
+// Rules that look first: what lies in front of the pool for each tensor. Where in the workspace is what was found out,
+// in numbers of the compute type (-1: nothing), and which channel an element belongs to (Geometry::channel_of).
+enum LookNumbers { kLookPlace, kChannelInner, kChannels, kLookNumbers };
 
 // What the pool holds for a tensor is appended by geometry.h: from Entry::measure on where to write what is measured,
 // from Entry::cols on how one is walked by strides.

@@ -6,7 +6,6 @@
 #include <numeric>
 #include <stdexcept>
 
-#include "../norms/gate.h"
 #include "../norms/geometry.h"
 #include "../norms/measured.h"
 #include "../rules/all.h"
@@ -119,14 +118,17 @@ class Cutter {
     return cut;
   }
 
-  // How the first pass of a rule with a gate is cut: by the rows of dimension 0.
-  TensorCut cut_gate(int64_t i) const {
-    const TensorView view = view_of_gate(job_.tensors[i]);
-    const bool gated = view.reduced != 0;
+  // How the first pass of a rule that looks is cut: by the rows of dimension 0. One that changes the states does so for
+  // tensors without rows too; one that does not leaves them out.
+  TensorCut cut_look(int64_t i) const {
+    const LookFacts& look = job_.look;
+    const TensorView view = view_of_rows(job_.tensors[i], look.changes_states ? job_.tensors[i].arrays : 1);
+    const bool rows = job_.steps[i].looks && view.reduced != 0;
     TensorCut cut;
-    cut.geometry = geometry_of(view, gated);
+    if (!rows && !look.changes_states) return cut;
+    cut.geometry = geometry_of(view, rows);
     Geometry& g = cut.geometry;
-    if (gated && g.rows == 1) {  // rows of one element: units, of which a tile takes no more than it has room for
+    if (rows && g.rows == 1) {  // rows of one element: units, of which a tile takes no more than it has room for
       g.units *= g.cols;
       g.cols = 1;
     }
@@ -134,26 +136,29 @@ class Cutter {
     cut.tile = most;
     if (numel == 0) return cut;
     cut.tiles = (numel + most - 1) / most;
-    if (!gated) return cut;
+    if (!rows) return cut;
     if (g.cols > int64_t(kNone)) throw std::runtime_error("fastwrs: a tensor has more than 2^32 rows side by side");
-    int64_t lists = kGateLists;
+    int64_t lists = look.lists;
+    const auto shared = [&](int64_t groups, int64_t elements) {
+      return sums_bytes<C>(uint32_t(groups), look.sums, limits_.threads) + lists * values_bytes<C>(uint32_t(elements));
+    };
     if (unit < kOwnTile) {
       cut.kind = TileKind::kUnits;
-      cut.tile = units_per_tile(g, kGateLists);
+      cut.tile = units_per_tile(g, uint32_t(lists));
+      // Sums of many short rows take more than their elements.
+      while (cut.tile > 1 && shared(cut.tile * g.cols, cut.tile * unit) > kNarrowBytes) cut.tile /= 2;
       cut.tiles = (g.units + cut.tile - 1) / cut.tile;
+      cut.shared = shared(cut.tile * g.cols, cut.tile * unit);
     } else {
       cut.kind = TileKind::kPartial;
       cut.tile = std::min(g.cols, kPartialColumns);
       if (g.cols == 1) lists = 0;  // a row, or a part of one, is summed in registers
-      const int64_t rows = partial_elements_ / cut.tile;
-      cut.row_tiles = (g.rows + rows - 1) / rows;
+      const int64_t height = partial_elements_ / cut.tile;
+      cut.row_tiles = (g.rows + height - 1) / height;
       cut.tiles = g.units * cut.row_tiles * ((g.cols + cut.tile - 1) / cut.tile);
+      cut.shared = shared(cut.tile, partial_elements_);
     }
-    const bool whole = cut.kind == TileKind::kUnits;
-    const int64_t elements = whole ? cut.tile * unit : partial_elements_, groups = whole ? cut.tile * g.cols : cut.tile;
-    cut.shared =
-        sums_bytes<C>(uint32_t(groups), kGateSums, limits_.threads) + lists * values_bytes<C>(uint32_t(elements));
-    cut.shared = std::max<int64_t>(cut.shared, gate_bytes<C>(kGateSums, limits_.threads));
+    cut.shared = std::max<int64_t>(cut.shared, look_bytes<C>(look.sums, limits_.threads));
     cut.wide = cut.shared > kNarrowBytes;
     return cut;
   }
@@ -218,7 +223,7 @@ void append_rule(const TensorStep& s, std::vector<char>& bytes) {
 
 template <class C>
 void append_record(const StepJob& job, Phase phase, const TensorStep& s, std::vector<char>& bytes) {
-  if (phase != Phase::kStep && phase != Phase::kGate) {
+  if (phase != Phase::kStep && phase != Phase::kLook) {
     const Control<C> control = control_of<C>(s);
     const char* begin = reinterpret_cast<const char*>(&control);
     bytes.insert(bytes.end(), begin, begin + sizeof control);
@@ -240,8 +245,9 @@ class Builder {
         limits_(limits),
         key_(key),
         wide_(wide),
-        arrays_(key.phase == Phase::kStep || key.phase == Phase::kGate ? 2 + job.slots : 1),
-        asks_gates_(key.phase == Phase::kStep && has_gate(job.rule)) {
+        arrays_(key.phase == Phase::kStep || (key.phase == Phase::kLook && job.look.changes_states) ? 2 + job.slots
+                                                                                                    : 1),
+        asks_(key.phase == Phase::kStep && job.look.kind != Look::kNone) {
     header_.tile_elements = tile_elements;
     header_.sum_kinds = job.measured ? kSums : 2;
   }
@@ -249,8 +255,8 @@ class Builder {
   bool empty() const { return header_.tensors == 0; }
 
   // False if the launch is full; then it is as before.
-  // `gate`: where in the workspace its gate is, of a step that asks it.
-  bool add(int64_t i, const TensorCut& cut, int64_t tiles, bool advances, int64_t workspace, int64_t gate = -1) {
+  // `look`: where in the workspace is what was found out, of a step that asks.
+  bool add(int64_t i, const TensorCut& cut, int64_t tiles, bool advances, int64_t workspace, int64_t look = -1) {
     const TensorView& view = job_.tensors[i];
     const TensorStep& step = job_.steps[i];
     const size_t records = records_.size(), pool = pool_.size();
@@ -267,14 +273,14 @@ class Builder {
     entry.first_block = header_.blocks;
     entry.tile = uint32_t(cut.tile);
     entry.measure = kNone;
-    if (key_.phase != Phase::kGate && job_.measured && view.norm_row >= 0 && view.reduced != 0)
+    if (key_.phase != Phase::kLook && job_.measured && view.norm_row >= 0 && view.reduced != 0)
       entry.measure = uint32_t(append_measure(cut.geometry, view, pool_));
     entry.workspace = uint32_t(workspace);
     entry.record = record_of(step);
     entry.kind = cut.kind;
     entry.flags = (step.fresh ? kFresh : 0) | (advances ? kAdvances : 0);
-    const int64_t gates = asks_gates_ ? int64_t(gates_.size()) + kGateNumbers : 0;
-    const int64_t bytes = (header_.tensors + 1) * entry_bytes() + int64_t(records_.size() + (pool_.size() + gates) * 8);
+    const int64_t asked = asks_ ? int64_t(asked_.size()) + kLookNumbers : 0;
+    const int64_t bytes = (header_.tensors + 1) * entry_bytes() + int64_t(records_.size() + (pool_.size() + asked) * 8);
     const int64_t blocks = header_.blocks + tiles;
     if (bytes > capacity() || blocks > kMostBlocks || entry.record == kNoRecord) {
       if (empty()) throw std::runtime_error("fastwrs: a tensor is too large, or has too many dimensions, for a launch");
@@ -289,7 +295,7 @@ class Builder {
       const char* data = reinterpret_cast<const char*>(&view.array[k].data);
       entries_.insert(entries_.end(), data, data + sizeof(void*));
     }
-    if (asks_gates_) gates_.insert(gates_.end(), {gate, cut.geometry.channel_inner, cut.geometry.channels});
+    if (asks_) asked_.insert(asked_.end(), {look, cut.geometry.channel_inner, cut.geometry.channels});
     header_.blocks = uint32_t(blocks);
     ++header_.tensors;
     shared_ = std::max(shared_, cut.shared);
@@ -304,7 +310,7 @@ class Builder {
     launch->threads = limits_.threads;
     launch->shared_bytes = uint32_t(shared_);
     header_.records = uint32_t(entries_.size());
-    header_.pool = uint32_t(entries_.size() + records_.size() + gates_.size() * 8);
+    header_.pool = uint32_t(entries_.size() + records_.size() + asked_.size() * 8);
     header_.grad_scale = static_cast<const float*>(job_.grad_scale.data);
     header_.found_inf = static_cast<const float*>(job_.found_inf.data);
     header_.measured = job_.measured;
@@ -315,7 +321,7 @@ class Builder {
     to += sizeof header_;
     std::memcpy(to, entries_.data(), entries_.size());
     std::memcpy(to + header_.records, records_.data(), records_.size());
-    if (!gates_.empty()) std::memcpy(to + header_.pool - gates_.size() * 8, gates_.data(), gates_.size() * 8);
+    if (!asked_.empty()) std::memcpy(to + header_.pool - asked_.size() * 8, asked_.data(), asked_.size() * 8);
     if (!pool_.empty()) std::memcpy(to + header_.pool, pool_.data(), pool_.size() * 8);
     const uint32_t tile_elements = header_.tile_elements, sum_kinds = header_.sum_kinds;
     header_ = Header();
@@ -324,7 +330,7 @@ class Builder {
     entries_.clear();
     records_.clear();
     pool_.clear();
-    gates_.clear();
+    asked_.clear();
     group_.clear();
     shared_ = 0;
     return launch;
@@ -353,10 +359,10 @@ class Builder {
   KernelKey key_;
   bool wide_;
   int arrays_;
-  bool asks_gates_;
+  bool asks_;
   Header header_{};
   std::vector<char> entries_, records_;
-  std::vector<int64_t> pool_, gates_, group_;
+  std::vector<int64_t> pool_, asked_, group_;
   int64_t shared_ = 0;
 };
 
@@ -385,23 +391,23 @@ int64_t plan_launches(const StepJob& job, const Limits& limits, std::vector<std:
                  0};
   };
   Chunk chunks[] = {new_chunk(false, false), new_chunk(false, true), new_chunk(true, false)};
-  // First passes of a rule with a gate: what they leave in the workspace stays there until all is done.
-  std::vector<int64_t> gates(job.tensors.size(), -1);
-  int64_t gate_sums = 0;
-  if (has_gate(job.rule)) {
-    Builder<C> first[2][2] = {{builder(Phase::kGate, false, false), builder(Phase::kGate, false, true)},
-                              {builder(Phase::kGate, true, false), builder(Phase::kGate, true, true)}};
+  // First passes of a rule that looks: what they leave in the workspace stays there until all is done.
+  std::vector<int64_t> looks(job.tensors.size(), -1);
+  int64_t look_sums = 0;
+  if (job.look.kind != Look::kNone) {
+    Builder<C> first[2][2] = {{builder(Phase::kLook, false, false), builder(Phase::kLook, false, true)},
+                              {builder(Phase::kLook, true, false), builder(Phase::kLook, true, true)}};
     for (size_t i = 0; i < job.tensors.size(); ++i) {
-      const TensorCut cut = cutter.cut_gate(int64_t(i));
+      const TensorCut cut = cutter.cut_look(int64_t(i));
       if (cut.tiles == 0) continue;
       if (cut.kind != TileKind::kElements) {
-        gates[i] = gate_sums;
-        const int64_t rows = cut.geometry.groups();
-        gate_sums += kGateRows + kGateSums * (rows + (cut.kind == TileKind::kPartial ? rows * cut.row_tiles : 0));
-        if (gate_sums >= int64_t(kNone)) throw std::runtime_error("fastwrs: a list of tensors has too many rows");
+        looks[i] = look_sums;
+        const int64_t rows = cut.geometry.groups(), parts = cut.kind == TileKind::kPartial ? rows * cut.row_tiles : 0;
+        look_sums += job.look.head + job.look.sums * (rows + parts);
+        if (look_sums >= int64_t(kNone)) throw std::runtime_error("fastwrs: a list of tensors has too many rows");
       }
       Builder<C>& b = first[cut.geometry.strided()][cut.wide];
-      const int64_t place = std::max<int64_t>(0, gates[i]);
+      const int64_t place = std::max<int64_t>(0, looks[i]);
       if (b.add(int64_t(i), cut, cut.tiles, false, place)) continue;
       launches.push_back(b.finish());
       b.add(int64_t(i), cut, cut.tiles, false, place);
@@ -412,8 +418,8 @@ int64_t plan_launches(const StepJob& job, const Limits& limits, std::vector<std:
       }
     }
   }
-  int64_t most_sums = gate_sums;
-  for (Chunk& c : chunks) c.sums = gate_sums;
+  int64_t most_sums = look_sums;
+  for (Chunk& c : chunks) c.sums = look_sums;
   const auto flush = [&](Chunk& c) {
     if (c.step.empty()) return;
     launches.push_back(c.step.finish());
@@ -421,7 +427,7 @@ int64_t plan_launches(const StepJob& job, const Limits& limits, std::vector<std:
     launches.push_back(c.project.finish());
     most_sums = std::max(most_sums, c.sums);
     c.bytes = 0;
-    c.sums = gate_sums;
+    c.sums = look_sums;
   };
 
   for (size_t i = 0; i < job.tensors.size(); ++i) {
@@ -429,9 +435,9 @@ int64_t plan_launches(const StepJob& job, const Limits& limits, std::vector<std:
     const bool walk = cut.geometry.strided();
     if (cut.kind != TileKind::kPartial) {
       Builder<C>& b = whole[walk][cut.wide];
-      if (b.add(int64_t(i), cut, cut.tiles, true, 0, gates[i])) continue;
+      if (b.add(int64_t(i), cut, cut.tiles, true, 0, looks[i])) continue;
       launches.push_back(b.finish());
-      b.add(int64_t(i), cut, cut.tiles, true, 0, gates[i]);
+      b.add(int64_t(i), cut, cut.tiles, true, 0, looks[i]);
       continue;
     }
     const bool columns = !walk && cut.geometry.cols > 1;
@@ -444,7 +450,7 @@ int64_t plan_launches(const StepJob& job, const Limits& limits, std::vector<std:
     project.shared = 0;
     const int64_t finish_tiles = cut.tiles / cut.row_tiles;
     for (int attempt = 0; attempt < 2; ++attempt) {
-      if (c.step.add(int64_t(i), cut, cut.tiles, false, c.sums, gates[i])) {
+      if (c.step.add(int64_t(i), cut, cut.tiles, false, c.sums, looks[i])) {
         // Their entries are smaller than those of the step.
         if (columns) c.finish.add(int64_t(i), finish, finish_tiles, false, c.sums);
         c.project.add(int64_t(i), project, cut.tiles, true, c.sums);

@@ -35,12 +35,12 @@ inline int64_t held_bytes(int capability, int64_t shared_per_multiprocessor) {
   return shared_per_multiprocessor / 2 - 1024;
 }
 
-enum class Phase { kGate, kStep, kFinish, kProject };
+enum class Phase { kLook, kStep, kFinish, kProject };
 
 // Names one compiled kernel.
 struct KernelKey {
   Phase phase;
-  int rule = 0, slots = 0;  // of kGate and kStep
+  int rule = 0, slots = 0;  // of kLook and kStep
   Dtypes dtypes;
   bool walk;
 };

@@ -380,8 +380,9 @@ FASTWRS_DEVICE C largest_of_block(C x, C* scratch) {
   return x;
 }
 
-// Sums over the groups of a tile; term(k, place) is what an element adds to sum k. Lanes share a group; consecutive
-// threads take consecutive elements. Leaves partial sums [sum][lane][group]; finish with sum_of_lanes after a barrier.
+// Sums over the groups of a tile; term(k, place, group) is what an element adds to sum k. Lanes share a group;
+// consecutive threads take consecutive elements. Leaves partial sums [sum][lane][group]; finish with sum_of_lanes after
+// a barrier.
 template <class C, int kCount, class Term>
 FASTWRS_DEVICE void sum_groups(const Tile& tile, uint32_t wants, C* partial, const Term& term) {
   const uint32_t groups = tile.n / tile.unit_size * tile.cols, rows = tile.unit_size / tile.cols;
@@ -395,7 +396,7 @@ FASTWRS_DEVICE void sum_groups(const Tile& tile, uint32_t wants, C* partial, con
       if (!(wants >> k & 1)) continue;
       Compensated<C> sum;
       for (uint32_t row = lane; row < rows; row += lanes) {
-        sum.add(term(k, unit * tile.unit_size + row * tile.cols + col));
+        sum.add(term(k, unit * tile.unit_size + row * tile.cols + col, group));
       }
       partial[(k * lanes + lane) * groups + group] = sum.sum;
     }

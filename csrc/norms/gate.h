@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../core/host_device.h"
+#include "../core/look.h"
 #include "../core/numeric.h"
 
 FASTWRS_BEGIN
@@ -23,9 +24,21 @@ FASTWRS_HD T gate_term(int sum, T step, T grad, T weight) {
 enum GateList { kStepList, kGradList, kWeightList, kGateLists };
 
 enum class Gate { kClosed, kByChannel, kWhole };
-// A gate in a workspace: what it has decided, what is taken out of all rows alike, then of each row (kStepWeight) and
-// the other sums of each.
-enum GatePlace { kGateDecision, kGateAlong, kGateRows };
+// In a workspace, before the sums of rows: what it has decided, and what is taken out of all rows alike. What is taken
+// out of each row is in the place of its first sum.
+enum GateHead { kGateDecision, kGateAlong, kGateHead };
+
+template <>
+struct LookOf<Look::kGate> {
+  static constexpr int kSums = kGateSums, kLists = kGateLists, kHead = kGateHead, kEach = 1;
+  static constexpr bool kChangesStates = true;
+  template <class T>
+  using Answer = GateAnswer<T>;
+  template <class T>
+  static FASTWRS_HD Answer<T> answer(const T* each, bool open) {
+    return {each[0], open};
+  }
+};
 
 template <class T>
 FASTWRS_HD T at_least(T x, T least) {

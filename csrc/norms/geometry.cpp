@@ -130,8 +130,9 @@ Geometry geometry_of(const TensorView& t, bool with_norms) {
   return g;
 }
 
-TensorView view_of_gate(const TensorView& tensor) {
+TensorView view_of_rows(const TensorView& tensor, int arrays) {
   TensorView rows = tensor;
+  rows.arrays = arrays;
   rows.reduced = int64_t((uint64_t(1) << tensor.dims) - 1) & ~int64_t(1);  // nothing of less than two dimensions
   rows.norm_row = -1;
   return rows;

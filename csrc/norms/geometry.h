@@ -49,7 +49,8 @@ int64_t append_measure(const Geometry& geometry, const TensorView& tensor, std::
 // `with_norms` false: norm groups do not matter, the tensor is one run of elements.
 Geometry geometry_of(const TensorView& tensor, bool with_norms);
 
-// The tensor as its gate sees it: a row for each index of dimension 0. One of less than two dimensions has no gate.
-TensorView view_of_gate(const TensorView& tensor);
+// The first arrays of a tensor as a look sees it: a row for each index of dimension 0. One of less than two dimensions
+// has no rows, and `reduced` is 0.
+TensorView view_of_rows(const TensorView& tensor, int arrays);
 
 }  // namespace fastwrs

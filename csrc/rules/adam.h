@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "../core/host_device.h"
+#include "../core/look.h"
 #include "../core/numeric.h"
 #include "moments.h"
 
@@ -18,7 +19,7 @@ struct Adam {
   static constexpr const char* kHypers[] = {"beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay"};
   static constexpr const char* kSlots[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr int kMinSlots = 2, kMaxSlots = 3;
-  static constexpr bool kGated = false;
+  static constexpr Look kLook = Look::kNone;
   enum { kBeta1, kBeta2, kEps, kWeightDecay, kDecoupled };
 
   template <class T>

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "../core/host_device.h"
+#include "../core/look.h"
 #include "../core/numeric.h"
 #include "moments.h"
 
@@ -18,9 +19,9 @@ struct AdamP {
   static constexpr const char* kHypers[] = {"beta1", "beta2", "eps", "weight_decay", "delta", "wd_ratio", "nesterov"};
   static constexpr const char* kSlots[] = {"exp_avg", "exp_avg_sq"};
   static constexpr int kMinSlots = 2, kMaxSlots = 2;
-  // A rule with a gate takes a step in two passes: `advance` changes the states; then the gate has seen every row, and
-  // `update` changes the weights.
-  static constexpr bool kGated = true;
+  // Its step has two passes: `advance` changes the states; then the gate has seen every row, and `update` changes the
+  // weights.
+  static constexpr Look kLook = Look::kGate;
   static constexpr bool kChangesStateAgain = false;
   enum { kBeta1, kBeta2, kEps, kWeightDecay, kDelta, kRatio, kNesterov };
 
@@ -69,10 +70,10 @@ struct AdamP {
     return adam_direction(m, state[1], s.inverse_root_correction2, s.eps);
   }
   // Second pass: one weight, and u.
-  template <class T>
-  static FASTWRS_HD T update(T& w, T g, T* state, T along, bool open, const Scalars<T>& s) {
-    const T before = direction(g, state, s), step = along != 0 ? before - along * w : before;
-    w = w * (open ? s.open_keep : s.keep) - s.step_size * step;
+  template <int kSlotCount, class T>
+  static FASTWRS_HD T update(T& w, T g, T* state, const GateAnswer<T>& gate, const Scalars<T>& s) {
+    const T before = direction(g, state, s), step = gate.along != 0 ? before - gate.along * w : before;
+    w = w * (gate.open ? s.open_keep : s.keep) - s.step_size * step;
     return step * s.inverse_correction1;
   }
 };

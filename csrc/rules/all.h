@@ -1,27 +1,35 @@
 // The list of all rules. X(Rule): a rule with kMinSlots to kMaxSlots states.
 #pragma once
 
+#include "../core/look.h"
 #include "adam.h"
 #include "adamp.h"
 #include "sgd.h"
+#include "sgd_shifted.h"
 #include "sgdp.h"
 
 #define FASTWRS_RULES(X) \
   X(Sgd)                 \
   X(Adam)                \
   X(AdamP)               \
-  X(Sgdp)
+  X(Sgdp)                \
+  X(SgdShifted)
 
 FASTWRS_BEGIN
 
-// Whether a rule, by its place in the list, has a gate, and hence takes a step in two passes.
-inline bool has_gate(int rule) {
-  static constexpr bool kGated[] = {
-#define FASTWRS_RULE(Rule) Rule::kGated,
+// What a rule, by its place in the list, looks at before the weights change.
+inline Look look_of(int rule) {
+  static constexpr Look kLooks[] = {
+#define FASTWRS_RULE(Rule) Rule::kLook,
       FASTWRS_RULES(FASTWRS_RULE)
 #undef FASTWRS_RULE
   };
-  return kGated[rule];
+  return kLooks[rule];
+}
+
+// Whether it does so with these hyperparameters of its own: a shift by nothing needs no look.
+inline bool looks(int rule, const double* h) {
+  return look_of(rule) == Look::kGate || (look_of(rule) == Look::kShift && h[SgdShifted::kLam] != 0);
 }
 
 FASTWRS_END

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../core/host_device.h"
+#include "../core/look.h"
 
 FASTWRS_BEGIN
 
@@ -13,7 +14,7 @@ struct Sgd {
   static constexpr const char* kHypers[] = {"momentum", "dampening", "nesterov", "weight_decay"};
   static constexpr const char* kSlots[] = {"momentum_buffer"};
   static constexpr int kMinSlots = 0, kMaxSlots = 1;
-  static constexpr bool kGated = false;
+  static constexpr Look kLook = Look::kNone;
   enum { kMomentum, kDampening, kNesterov, kWeightDecay };
 
   // What follows from the hyperparameters alone, formed on the host in double. h: the rule's own part of the record.

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../core/host_device.h"
+#include "../core/look.h"
 
 FASTWRS_BEGIN
 
@@ -16,7 +17,7 @@ struct Sgdp {
                                             "delta",    "wd_ratio",  "nesterov", "project_momentum"};
   static constexpr const char* kSlots[] = {"momentum_buffer"};
   static constexpr int kMinSlots = 1, kMaxSlots = 1;
-  static constexpr bool kGated = true;
+  static constexpr Look kLook = Look::kGate;
   static constexpr bool kChangesStateAgain = true;  // where the gate is open
   enum { kMomentum, kDampening, kEps, kWeightDecay, kDelta, kRatio, kNesterov, kProjectMomentum };
 
@@ -48,11 +49,11 @@ struct Sgdp {
   static FASTWRS_HD T direction(T g, const T* state, const Scalars<T>& s) {
     return s.nesterov != 0 ? g + s.momentum * state[0] : state[0];
   }
-  template <class T>
-  static FASTWRS_HD T update(T& w, T g, T* state, T along, bool open, const Scalars<T>& s) {
-    const T before = direction(g, state, s), step = along != 0 ? before - along * w : before;
+  template <int kSlotCount, class T>
+  static FASTWRS_HD T update(T& w, T g, T* state, const GateAnswer<T>& gate, const Scalars<T>& s) {
+    const T before = direction(g, state, s), step = gate.along != 0 ? before - gate.along * w : before;
     state[0] = s.project_momentum != 0 ? step : state[0];
-    w = w * (open ? s.open_keep : s.keep) - s.lr * step;
+    w = w * (gate.open ? s.open_keep : s.keep) - s.lr * step;
     return step;
   }
 };

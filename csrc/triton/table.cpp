@@ -5,7 +5,6 @@
 #include <numeric>
 #include <stdexcept>
 
-#include "../norms/gate.h"
 #include "../norms/geometry.h"
 
 namespace fastwrs::triton {
@@ -14,12 +13,11 @@ namespace {
 // X(name): lists in the order of table.py.
 // clang-format off: it moves a name in these each time that it is run
 #define FASTWRS_HEADER(X) \
-  X(tensors) X(tiles) X(finish_tiles) X(project_tiles) X(gate_tiles) X(records) X(record_numbers) X(pool) X(step_map) \
-  X(finish_map) X(project_map) X(gate_map) X(gate_tickets) X(grad_scale) X(found_inf) X(measured) X(ticket) \
-  X(workspace)
+  X(tensors) X(tiles) X(project_tiles) X(gate_tiles) X(records) X(record_numbers) X(pool) X(tickets) X(step_map) \
+  X(project_map) X(gate_map) X(grad_scale) X(found_inf) X(measured) X(ticket) X(workspace)
 #define FASTWRS_ENTRY(X) \
   X(param) X(grad) X(state0) X(state1) X(state2) X(step) X(lr) X(flags) X(kind) X(numel) X(unit) X(rows) X(cols) \
-  X(units_per_tile) X(first_tile) X(first_finish) X(first_project) X(first_gate) X(record) X(partial) X(per_sum) \
+  X(units_per_tile) X(first_tile) X(first_project) X(first_gate) X(first_ticket) X(record) X(partial) X(per_sum) \
   X(row_tiles) X(measure) X(walk) X(groups) X(gate)
 #define FASTWRS_GATE(X) X(channels) X(channel_inner) X(programs) X(lanes)
 // clang-format on
@@ -49,17 +47,14 @@ constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kMostTiles = 0x7fffffff;
 // Norm groups of a unit that is held in registers, each of which costs a pass over these: 9 are a kernel of 3 x 3.
 constexpr int64_t kMostColsHeld = 16;
-// What the workspace holds of each channel behind a gate's sums, and of the whole tensor: what is taken out along the
-// weights, and what the gate has decided.
-constexpr int64_t kDecisionAndAlong = 2;
 
 int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 int64_t address(const void* pointer) { return int64_t(reinterpret_cast<uintptr_t>(pointer)); }
 
-// What a tensor becomes: its entry, and how many programs it gets in each launch.
+// What a tensor becomes: its entry, how many programs it gets in each launch, tickets, and sums in the workspace.
 struct Cut {
   int64_t entry[entry::kWords] = {};
-  int64_t tiles = 0, finish_tiles = 0, project_tiles = 0, sums = 0;
+  int64_t tiles = 0, project_tiles = 0, tickets = 0, sums = 0;
 };
 
 int64_t shortest_bytes(const Dtypes& d) { return std::min({size_of(d.param), size_of(d.grad), size_of(d.state)}); }
@@ -93,14 +88,15 @@ void cut_into_tiles(const StepJob& job, const TensorStep& step, const Geometry& 
     cut.tiles = g.units;
     return;
   }
-  // No program holds a whole unit: sums of each part go to the workspace, and further launches finish them and scale.
+  // No program holds a whole unit: sums of each part go to the workspace, where the last program of some columns makes
+  // factors of them, and a further launch scales.
   const bool one = g.cols == 1;
   e[entry::k_kind] = one ? kind::k_partial : kind::k_strip;
   const int64_t row_tiles = divide_up(g.rows, one ? sizes.tile : sizes.height);
   e[entry::k_row_tiles] = row_tiles;
   e[entry::k_per_sum] = g.units * row_tiles * g.cols;
-  cut.tiles = cut.project_tiles = g.units * row_tiles * (one ? 1 : divide_up(g.cols, sizes.width));
-  cut.finish_tiles = g.units * divide_up(g.cols, sizes.finish_width);
+  cut.tickets = g.units * divide_up(g.cols, sizes.width);
+  cut.tiles = cut.project_tiles = cut.tickets * row_tiles;
   cut.sums = (four_sums ? 4 : 1) * e[entry::k_per_sum] + g.groups();
 }
 
@@ -152,18 +148,21 @@ void add_measure(const TensorView& view, const Geometry& g, const Sizes& sizes, 
   }
 }
 
-// Of a rule with a gate, what its first launch does with a tensor: an entry that is cut by rows of dimension 0, then
-// the words of a gate. `walked` counts those that have to be walked by strides.
-Cut add_gate(const StepJob& job, size_t i, const Sizes& sizes, const Geometry& updated, int64_t partial,
+// Of a rule that looks first, what its first launch does with a tensor: an entry that is cut by rows of dimension 0,
+// then the words of a gate. `walked` counts those that have to be walked by strides. Nothing, if there would be no sums
+// to make and no states to change.
+Cut add_look(const StepJob& job, size_t i, const Sizes& sizes, const Geometry& updated, int64_t partial, int64_t ticket,
              std::vector<int64_t>& pool, int64_t& walked, Cut& cut) {
-  const TensorView view = view_of_gate(job.tensors[i]);
-  const bool gated = view.reduced != 0;
-  const Geometry g = geometry_to_cut(view, gated);
-  Cut states = cut_of(job, view, job.steps[i], sizes, gated, true, g, pool);
-  int64_t* e = states.entry;
-  states.sums = 0;
-  int64_t words[gate::kWords] = {updated.channels, updated.channel_inner, states.tiles, 1};
-  if (gated && states.tiles > 0) {
+  const TensorView view = view_of_rows(job.tensors[i], job.look.changes_states ? job.tensors[i].arrays : 1);
+  const bool rows = job.steps[i].looks && view.reduced != 0;
+  if (!rows && !job.look.changes_states) return Cut();
+  const Geometry g = geometry_to_cut(view, rows);
+  Cut look = cut_of(job, view, job.steps[i], sizes, rows, true, g, pool);
+  int64_t* e = look.entry;
+  look.sums = 0;
+  look.tickets = 1;
+  int64_t words[gate::kWords] = {updated.channels, updated.channel_inner, look.tiles, 1};
+  if (rows && look.tiles > 0) {
     const int64_t channels = e[entry::k_groups] = g.groups();
     if (e[entry::k_kind] == kind::k_units) {
       e[entry::k_row_tiles] = 1;
@@ -171,14 +170,15 @@ Cut add_gate(const StepJob& job, size_t i, const Sizes& sizes, const Geometry& u
     }
     int64_t& lanes = words[gate::k_lanes];
     while (2 * lanes <= e[entry::k_row_tiles] && 2 * lanes * channels <= sizes.tile / 2) lanes *= 2;
-    states.sums = kGateSums * e[entry::k_per_sum] + kDecisionAndAlong + channels;
+    look.sums = job.look.sums * e[entry::k_per_sum] + job.look.head + job.look.each * channels;
   }
   e[entry::k_partial] = partial;
-  walked += g.strided() && states.tiles > 0;
+  e[entry::k_first_ticket] = ticket;
+  walked += g.strided() && look.tiles > 0;
   cut.entry[entry::k_gate] = int64_t(pool.size());
   pool.insert(pool.end(), e, e + entry::kWords);
   pool.insert(pool.end(), words, words + gate::kWords);
-  return states;
+  return look;
 }
 
 // Numbers in the compute type, two to a word where that is fp32.
@@ -202,13 +202,14 @@ void write_map(const int64_t* entries, int64_t tensors, int first, int64_t tiles
 
 }  // namespace
 
-Needs fill_table(const StepJob& job, bool gated, const std::vector<double>& records, int64_t width, const Sizes& sizes,
-                 bool walk, int64_t* table, int64_t room) {
+Needs fill_table(const StepJob& job, const std::vector<double>& records, int64_t width, const Sizes& sizes, bool walk,
+                 int64_t* table, int64_t room) {
   static thread_local std::vector<int64_t> words, pool;
   words.assign(header::kWords, 0);
   pool.clear();
   Needs needs;
-  int64_t sums = 0;
+  const bool looks = job.look.kind != Look::kNone;
+  int64_t sums = 0, tickets = 0;
   for (size_t i = 0; i < job.tensors.size(); ++i) {
     const TensorView& view = job.tensors[i];
     const TensorStep& step = job.steps[i];
@@ -222,23 +223,24 @@ Needs fill_table(const StepJob& job, bool gated, const std::vector<double>& reco
     Cut cut = cut_of(job, view, step, sizes, grouped, measured, g, pool);
     if (measured) add_measure(view, g, sizes, cut, pool);
     cut.entry[entry::k_first_tile] = needs.tiles;
-    cut.entry[entry::k_first_finish] = needs.finish_tiles;
     cut.entry[entry::k_first_project] = needs.project_tiles;
     cut.entry[entry::k_first_gate] = needs.gate_tiles;
+    cut.entry[entry::k_first_ticket] = tickets;
     cut.entry[entry::k_partial] = sums;
     needs.tiles += cut.tiles;
-    needs.finish_tiles += cut.finish_tiles;
     needs.project_tiles += cut.project_tiles;
+    tickets += cut.tickets;
     sums += cut.sums;
-    if (gated) {
-      const Cut states = add_gate(job, i, sizes, g, sums, pool, needs.walked_gates, cut);
-      needs.gate_tiles += states.tiles;
-      sums += states.sums;
+    if (looks) {
+      const Cut look = add_look(job, i, sizes, g, sums, tickets, pool, needs.walked_gates, cut);
+      needs.gate_tiles += look.tiles;
+      tickets += look.tickets;
+      sums += look.sums;
     }
     ++needs.tensors;
     words.insert(words.end(), cut.entry, cut.entry + entry::kWords);
   }
-  if (std::max({needs.tiles, needs.finish_tiles, needs.project_tiles, needs.gate_tiles}) > kMostTiles) {
+  if (std::max({needs.tiles, needs.project_tiles, needs.gate_tiles}) > kMostTiles) {
     throw std::runtime_error("fastwrs: the tensors are too large for one launch");
   }
   const bool wide = job.dtypes.param == Dtype::kFloat64;
@@ -253,27 +255,24 @@ Needs fill_table(const StepJob& job, bool gated, const std::vector<double>& reco
   }
   const int64_t pool_at = int64_t(words.size());
   words.insert(words.end(), pool.begin(), pool.end());
-  const int64_t maps_at = int64_t(words.size());
-  const int64_t finish_at = maps_at + divide_up(needs.tiles, 2);
-  const int64_t project_at = finish_at + divide_up(needs.finish_tiles, 2);
+  const int64_t tickets_at = int64_t(words.size());
+  const int64_t maps_at = tickets_at + divide_up(tickets, 2);
+  const int64_t project_at = maps_at + divide_up(needs.tiles, 2);
   const int64_t gate_at = project_at + divide_up(needs.project_tiles, 2);
-  const int64_t tickets_at = gate_at + divide_up(needs.gate_tiles, 2);
-  needs.words = tickets_at + (gated ? divide_up(needs.tensors, 2) : 0);
+  needs.words = gate_at + divide_up(needs.gate_tiles, 2);
 
   int64_t* h = words.data();
   h[header::k_tensors] = needs.tensors;
   h[header::k_tiles] = needs.tiles;
-  h[header::k_finish_tiles] = needs.finish_tiles;
   h[header::k_project_tiles] = needs.project_tiles;
   h[header::k_gate_tiles] = needs.gate_tiles;
   h[header::k_records] = numbers_at;
   h[header::k_record_numbers] = width;
   h[header::k_pool] = pool_at;
+  h[header::k_tickets] = tickets_at;
   h[header::k_step_map] = maps_at;
-  h[header::k_finish_map] = finish_at;
   h[header::k_project_map] = project_at;
   h[header::k_gate_map] = gate_at;
-  h[header::k_gate_tickets] = tickets_at;
   h[header::k_grad_scale] = address_of(job.grad_scale);
   h[header::k_found_inf] = address_of(job.found_inf);
   h[header::k_measured] = address(job.measured);
@@ -281,7 +280,8 @@ Needs fill_table(const StepJob& job, bool gated, const std::vector<double>& reco
   h[header::k_workspace] = address(job.workspace) + kTicketBytes;
   if (needs.words > room) return needs;
 
-  // The maps follow from the header and from where the programs of each tensor begin.
+  // The maps follow from the header and from where the programs of each tensor begin. Tickets are always 0 here, and
+  // lie before the maps, so that other tickets mean another header.
   bool same_maps = std::equal(h, h + header::k_grad_scale, table);
   for (int64_t i = 0; same_maps && i < needs.tensors; ++i) {
     const int64_t at = header::kWords + i * entry::kWords;
@@ -291,14 +291,13 @@ Needs fill_table(const StepJob& job, bool gated, const std::vector<double>& reco
   if (!same_maps) {
     const int64_t* entries = h + header::kWords;
     int64_t* t = table;
-    if (needs.words > maps_at) std::fill(t + maps_at, t + needs.words, 0);
+    if (needs.words > tickets_at) std::fill(t + tickets_at, t + needs.words, 0);
     write_map(entries, needs.tensors, entry::k_first_tile, needs.tiles, t + maps_at);
-    write_map(entries, needs.tensors, entry::k_first_finish, needs.finish_tiles, t + finish_at);
     write_map(entries, needs.tensors, entry::k_first_project, needs.project_tiles, t + project_at);
     write_map(entries, needs.tensors, entry::k_first_gate, needs.gate_tiles, t + gate_at);
     needs.changed = needs.words;
   } else {
-    needs.changed = maps_at;
+    needs.changed = tickets_at;
     while (needs.changed > 0 && h[needs.changed - 1] == table[needs.changed - 1]) --needs.changed;
   }
   std::copy(words.begin(), words.end(), table);

@@ -149,8 +149,7 @@ def _prepare(call: StepCall, walk: bool) -> _Launches:
     without = "float64" if param == "float64" else "float32"
     dtypes = param, grad, name_of(call.states[0].dtype) if slots else without
     variant = launch.Variant(call.rule, slots, dtypes, call.measured is not None, walk)
-    blocks = variant.blocks
-    sizes = [blocks.tile, blocks.held, blocks.height, blocks.width, launch.FINISH_WIDTH]
+    sizes = list(variant.blocks)
 
     memory: _Memory = _memories.setdefault(call.workspace, _Memory())  # type: ignore[assignment]
     if memory.hyper != call.hyper:

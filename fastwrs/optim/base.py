@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -50,9 +50,13 @@ class FusedOptimizer(Optimizer):
             raise ValueError(f"state_dtype must be None or torch.bfloat16, got {state_dtype!r}")
         self.backend, self.state_dtype, self._workspaces = backend, state_dtype, {}
         defaults |= {"rescale": rescale, "shrink": shrink}
-        read(self.rule, defaults, self.numbers(defaults))
+        read(self.rule_for([defaults]), defaults, self.numbers(defaults))
         super().__init__(params, defaults)
         self.register_state_dict_post_hook(checkpoint.options_to_plain)
+
+    def rule_for(self, groups: Sequence[Mapping[str, Any]]) -> Rule:  # noqa: ARG002
+        """The rule of a step with these param groups."""
+        return self.rule
 
     def numbers(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The rule's own hyperparameters of a param group, by the names of the record."""
@@ -97,15 +101,11 @@ class FusedOptimizer(Optimizer):
 
     def _take_step(self, scope: Scope) -> Launches:
         """Plans, launches, and returns what was launched."""
-        records = self._records
-        if records is None:
-            names = [name for name in self.defaults if name not in ("lr", "foreach", "fused", "capturable")]
-            records = self._records = Records(self.rule, self.numbers, names)
         try:
-            records.refresh(self.param_groups)
+            records = self._refreshed()
         except KeyError:  # of a group that was put into the list by hand
             self._fill_defaults()
-            records.refresh(self.param_groups)
+            records = self._refreshed()
 
         failed, refused = None, None
         if self._plans and not self._plans[0].fits(self.param_groups, records.shapes, self.state):
@@ -123,7 +123,7 @@ class FusedOptimizer(Optimizer):
             break
 
         unscaling = self._amp()[0] is not None
-        plan = build(self.rule, self.param_groups, self.state, self.state_dtype, self._choose, unscaling)
+        plan = build(records.rule, self.param_groups, self.state, self.state_dtype, self._choose, unscaling)
         if refused is not None and plan.signature() == failed:
             raise refused  # nothing has changed that a new plan could see
         plan.install(self.state)
@@ -149,6 +149,15 @@ class FusedOptimizer(Optimizer):
             raise refused
         assert launches is not None
         return launches
+
+    def _refreshed(self) -> Records:
+        """The records of the param groups as they are now."""
+        rule = self.rule_for(self.param_groups)
+        if self._records is None or self._records.rule is not rule:
+            names = [name for name in self.defaults if name not in ("lr", "foreach", "fused", "capturable")]
+            self._records = Records(rule, self.numbers, names)
+        self._records.refresh(self.param_groups)
+        return self._records
 
     def _others(self, plan: Plan) -> list[Plan]:
         """The plans for other sets of parameters with gradients."""
@@ -187,7 +196,7 @@ class FusedOptimizer(Optimizer):
                 rows = bundle.rows[scope] = rows_of(bundle.params, axes, bundle.rows.get(scope))
                 measured = buffer_for(rows, device)
             call = StepCall(
-                self.rule.name,
+                records.rule.name,
                 bundle.params,
                 *tensors,
                 hyper,
@@ -256,7 +265,7 @@ class FusedOptimizer(Optimizer):
         for name in ("backend", "state_dtype"):
             if name in group:
                 raise ValueError(f"{name} is an option of the whole optimizer, not of a param group")
-        read(self.rule, group, self.numbers(group), g)
+        read(self.rule_for([group]), group, self.numbers(group), g)
         axis = common_axis(group["rescale"], group["shrink"])
         for i, param in enumerate(group["params"]):
             checked_mask(group, g, i, axis)
@@ -272,7 +281,7 @@ class FusedOptimizer(Optimizer):
         """Loads a state dict of this optimizer, or of its counterpart in torch.optim.
 
         States get the dtype of the policy (``state_dtype``), the memory layout of their parameter, and memory of
-        their own. The saved ``rescale`` and ``shrink`` win; an option that the dict lacks keeps its current value.
+        their own. The saved options win; one that the dict lacks keeps its current value.
         A momentum buffer without a step count gets step 1.
 
         Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,13 @@ _SHARED = (
     "capturable",
     "differentiable",
 )
-"""Options that tell nothing about which optimizer a dict comes from; ours, which only we have, neither."""
-_OPTIONS: tuple[tuple[str, Any], ...] = (("rescale", Rescale), ("shrink", Shrink))
+"""Options that tell nothing about which optimizer a dict comes from; those of ``_OPTIONS`` neither."""
+_OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "rescale": functools.partial(from_plain, Rescale),
+    "shrink": functools.partial(from_plain, Shrink),
+    "shifted_l2": lambda plain: tuple(plain) if isinstance(plain, list) else plain,
+}
+"""The options that only we have, and what makes them of their saved form."""
 _GATE = {"lr", "weight_decay", "eps", "delta", "wd_ratio", "nesterov"}
 _AUTHORS = {"AdamP": _GATE | {"betas"}, "SGDP": _GATE | {"momentum", "dampening"}}
 """What the param groups of the package ``adamp`` have; ours of the same name have that and more."""
@@ -43,7 +48,7 @@ _LATE = "momentum_buffer"
 
 
 def options_to_plain(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """The hook on ``state_dict()``: writes ``rescale`` and ``shrink`` as plain dicts.
+    """The hook on ``state_dict()``: writes ``rescale`` and ``shrink`` as plain dicts, ``shifted_l2`` as a list.
 
     It leaves out the momentum buffers of parameters whose every step was skipped.
     """
@@ -54,8 +59,7 @@ def options_to_plain(optimizer: Any, state_dict: dict[str, Any]) -> None:
             # `state` is torch's new dict; the dicts in it are the optimizer's own.
             state[key] = {name: value for name, value in values.items() if name != _LATE}
     for group in state_dict["param_groups"]:
-        for name, _ in _OPTIONS:
-            group[name] = to_plain(group[name])
+        group.update({name: to_plain(group[name]) for name in _OPTIONS if name in group})
 
 
 def converted(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Any]:
@@ -73,11 +77,9 @@ def converted(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> tuple
     places: dict[Any, tuple[dict[str, Any], int, int]] = {}
     for g, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         _check_kind(optimizer, saved, g)
-        by_us.append(_OPTIONS[0][0] in saved)
+        by_us.append("rescale" in saved)
         ids = saved.pop("params")
-        for name, kind in _OPTIONS:
-            if name in saved:
-                saved[name] = from_plain(kind, saved[name])
+        saved.update({name: made_of(saved[name]) for name, made_of in _OPTIONS.items() if name in saved})
         merged = {**group, **saved}
         optimizer.check_group(merged, g)
         places.update({key: (merged, g, i) for i, key in enumerate(ids)})
@@ -139,13 +141,13 @@ def _check_kind(optimizer: FusedOptimizer, saved: Mapping[str, Any], g: int) -> 
     Those that share none of the options that are the rule's own; and those that have all options of another optimizer
     of torch or of ``adamp``, if these are more than ours, or just these: RAdam's are a part of Adam's, SGD's of SGDP's.
     """
-    own = [name for name in optimizer.defaults if name not in (*_SHARED, *dict(_OPTIONS))]
+    own = [name for name in optimizer.defaults if name not in (*_SHARED, *_OPTIONS)]
     if not any(name in saved for name in own):
         raise ValueError(
             f"param group {g} of the state dict has none of {', '.join(own)}: it is not that of "
             f"{type(optimizer).__name__}. It has {', '.join(sorted(map(str, saved)))}"
         )
-    ours, others = set(optimizer.defaults) - set(dict(_OPTIONS)), _keys_of_torch() | _AUTHORS
+    ours, others = set(optimizer.defaults) - set(_OPTIONS), _keys_of_torch() | _AUTHORS
     there = set(saved) & ours.union(*others.values())  # without what schedulers and users add
     for name, keys in sorted(others.items(), key=lambda other: other[1] != there):  # the very one first
         another = keys != ours and name.lower() != optimizer.rule.name

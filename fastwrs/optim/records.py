@@ -25,6 +25,8 @@ _WORDS = {
     "eps": "epsilon value",
     "beta1": "beta parameter at index 0",
     "beta2": "beta parameter at index 1",
+    "shifted_l2_lam": "lam of shifted_l2",
+    "shifted_l2_eps": "eps of shifted_l2",
 }
 
 
@@ -41,13 +43,13 @@ class Records:
         self.flat: list[float] = []
         self.lrs: list[Tensor] = []
         self.shapes: list[Any] = []
-        self._rule, self._numbers = rule, numbers
+        self.rule, self._numbers = rule, numbers
         self._values = itemgetter(*names)
         self._seen: list[Any] = []  # per group: lr and the other values the record was made from; None: read them again
 
     def refresh(self, groups: Sequence[Group]) -> None:
         """Brings the records up to date. On an error nothing is remembered of the group at fault."""
-        width = len(self._rule.record)
+        width = len(self.rule.record)
         if len(groups) != len(self._seen):
             self._seen, self.shapes = [None] * len(groups), [None] * len(groups)
             self.flat = [0.0] * (width * len(groups))
@@ -57,8 +59,8 @@ class Records:
             seen, values, lr = self._seen[g], self._values(group), group["lr"]
             if seen is None or not all(map(is_, values, seen[1])):
                 self._seen[g] = None
-                record = read(self._rule, group, self._numbers(group), g)
-                self.shapes[g] = shape_of(self._rule, group)
+                record = read(self.rule, group, self._numbers(group), g)
+                self.shapes[g] = shape_of(self.rule, group)
                 self.flat[g * width : (g + 1) * width] = record
                 # A tensor or a list can change its content and stay the same object.
                 self._seen[g] = (lr, values) if all(map(_constant, values)) else None
@@ -80,7 +82,7 @@ class Records:
         """
         if all(lr.device == device for lr in self.lrs):
             return self.flat, self.lrs
-        flat, width, moved = list(self.flat), len(self._rule.record), []
+        flat, width, moved = list(self.flat), len(self.rule.record), []
         for place in range(0, len(flat), width):
             if flat[place + 1] < 0:
                 continue

@@ -4,7 +4,8 @@ All of them have the same shape. ``w`` and ``g`` are the weights before the step
 if maximizing), ``states`` the moments by name and ``h`` the hyperparameters by name. ``t`` (the step, from 1),
 ``first`` (there is no momentum yet) and ``lr`` are given to all; a rule takes those that it needs. They return
 ``Update(u, decay, states)``, which the step applies as ``w * decay - lr * u``. Without weight decay the weights are not
-looked at, so that a NaN in them stays out of the moments (as in torch). The rules with a gate look at whole tensors.
+looked at, so that a NaN in them stays out of the moments (as in torch). The rules with a gate look at whole tensors,
+that with a shifted L2 term at whole channels.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Update(NamedTuple):
     states: States
     removed: Tensor | None = None
     """What a gate took out of u; None where it was closed, and from rules without one."""
+    added: Tensor | None = None
+    """The largest of the numbers whose sum shifted L2 added to g. None: it did not."""
 
 
 def sgd(w: Tensor, g: Tensor, states: States, h: Hypers, *, first: bool, **_: float) -> Update:
@@ -51,6 +54,47 @@ def sgd(w: Tensor, g: Tensor, states: States, h: Hypers, *, first: bool, **_: fl
     buf = g if first else h["momentum"] * states["momentum_buffer"] + (1 - h["dampening"]) * g
     u = g + h["momentum"] * buf if h["nesterov"] else buf
     return Update(u, 1.0, {"momentum_buffer": buf})
+
+
+def shifted_l2(w: Tensor, h: Hypers) -> tuple[Tensor, Tensor] | None:
+    """What the epsilon-shifted L2 regulariser adds to the gradient, and the largest of the numbers that it is a sum of.
+
+    ::
+
+        lam * ((1 - eps / s) * (w - mu) + mu)
+
+    with the mean mu and the unbiased standard deviation s of the weights of each channel (index of dimension 0). Where
+    s is 0 (all weights equal) or there is none (a single weight), ``lam * mu`` is left. None for tensors without
+    channels, those of less than two dimensions, and with lam = 0.
+
+    Source: arXiv 1911.05920.
+    """
+    if h["shifted_l2_lam"] == 0 or w.ndim < 2 or w.numel() == 0:
+        return None
+    lam, rest = h["shifted_l2_lam"], tuple(range(1, w.ndim))
+    mu = w.mean(dim=rest, keepdim=True)
+    # torch.std goes through the weights one by one, and loses digits by it
+    s = ((w - mu).square().sum(dim=rest, keepdim=True) / (w[0].numel() - 1)).sqrt()
+    equal = w.amax(dim=rest, keepdim=True) == w.amin(dim=rest, keepdim=True)
+    factor = torch.where(equal, 0, 1 - h["shifted_l2_eps"] / s)
+    largest = torch.where(equal, 0, (h["shifted_l2_eps"] / s).clamp(min=1))
+    return lam * (factor * (w - mu) + mu), lam * torch.maximum((largest * (w - mu)).abs(), mu.abs())
+
+
+def sgd_shifted(w: Tensor, g: Tensor, states: States, h: Hypers, *, first: bool, **_: float) -> Update:
+    """SGD whose gradient gets the epsilon-shifted L2 term of its weights, beside coupled weight decay if there is any.
+
+    ::
+
+        g = g + lam * ((1 - eps / s) * (w - mu) + mu)   mu, s of the channel; then as SGD
+
+    Source: arXiv 1911.05920; ``sgd`` and ``shifted_l2`` above.
+    """
+    shifted = shifted_l2(w, h)
+    if shifted is None:
+        return sgd(w, g, states, h, first=first)
+    u, decay, new, *_ = sgd(w, g + shifted[0], states, h, first=first)
+    return Update(u, decay, new, added=shifted[1])
 
 
 def adam(w: Tensor, g: Tensor, states: States, h: Hypers, *, t: int, lr: float, **_: bool) -> Update:
@@ -160,5 +204,11 @@ def sgdp(w: Tensor, g: Tensor, states: States, h: Hypers, *, lr: float, **_: flo
     return Update(u, decay, {"momentum_buffer": kept}, removed)
 
 
-RULES: dict[str, Callable[..., Update]] = {"sgd": sgd, "adam": adam, "adamp": adamp, "sgdp": sgdp}
+RULES: dict[str, Callable[..., Update]] = {
+    "sgd": sgd,
+    "adam": adam,
+    "adamp": adamp,
+    "sgdp": sgdp,
+    "sgd_shifted": sgd_shifted,
+}
 """The rules by the names that they have in ``fastwrs.spec``."""

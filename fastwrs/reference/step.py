@@ -27,6 +27,8 @@ class Result:
     """u, the step before the learning rate."""
     removed: Tensor | None
     """What a gate took out of u (AdamP, SGDP)."""
+    added: Tensor | None
+    """The largest of the numbers whose sum shifted L2 added to the gradient (SGD)."""
 
 
 def rescale_due(hyper: Mapping[str, float], t: int, lr: float) -> bool:
@@ -72,7 +74,7 @@ def step(
     w = param.to(dtype)
     g = grad.to(dtype) if grad_scale is None else grad.to(dtype) / grad_scale
 
-    u, decay, new_states, removed = RULES[rule](
+    u, decay, new_states, removed, added = RULES[rule](
         w,
         -g if hyper["maximize"] else g,
         {name: state.to(dtype) for name, state in states.items()},
@@ -83,7 +85,7 @@ def step(
     )
     updated = w * decay - lr * u
     if dims is None:
-        return Result(updated, g, new_states, None, u, removed)
+        return Result(updated, g, new_states, None, u, removed, added)
 
     norm_before = group_norms(w, dims)
     norm_updated = group_norms(updated, dims)
@@ -106,4 +108,4 @@ def step(
         "shrink_factor": shrinking,
     }
     measured = torch.stack([columns[name].flatten() for name in MEASURED], dim=1)
-    return Result(new, g, new_states, measured, u, removed)
+    return Result(new, g, new_states, measured, u, removed, added)

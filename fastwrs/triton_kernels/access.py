@@ -38,6 +38,15 @@ def entry_of(table, tensor):
 
 
 @triton.jit
+def work_of(table, programs, first):
+    """The entry of the tensor that this program works on, and which of its tiles. Two words: map and first program."""
+    program = tl.program_id(0)
+    tensors = (table + tl.load(table + programs)).to(tl.pointer_type(tl.int32))
+    entry = entry_of(table, tl.load(tensors + program).to(tl.int64))
+    return entry, program.to(tl.int64) - tl.load(entry + first)
+
+
+@triton.jit
 def _walked(table, entry, index, array, ARRAYS: tl.constexpr):
     # Where element `index` of the walk lies in an array.
     dims = table + tl.load(table + words.POOL) + tl.load(entry + words.WALK_AT)
@@ -95,9 +104,20 @@ def unscaled(table, g, grad, mask, writes, GRAD: tl.constexpr):
 
 @triton.jit
 def leave_sum(table, entry, kind, place, total, mask, COMPUTE: tl.constexpr):
-    """Leaves sums for the launch that finishes them."""
+    """Leaves sums for the program that finishes them."""
     workspace = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(entry + words.PARTIAL_AT)
     tl.store(workspace + kind * tl.load(entry + words.PER_SUM) + place, total, mask)
+
+
+@triton.jit
+def is_last(table, entry, number, programs):
+    """Whether the others of so many programs have left all that they leave. Each asks once, for the same ticket."""
+    tl.debug_barrier()  # all threads of this program have left theirs
+    ticket = (table + tl.load(table + words.TICKETS)).to(tl.pointer_type(tl.int32))
+    ticket += tl.load(entry + words.FIRST_TICKET) + number
+    last = tl.atomic_add(ticket, 1) == programs - 1
+    tl.store(ticket, 0, last)
+    return last
 
 
 @triton.jit

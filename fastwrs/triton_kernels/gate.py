@@ -17,15 +17,17 @@ from fastwrs.triton_kernels import table as words
 from fastwrs.triton_kernels.access import (
     VECTOR,
     control_of,
-    entry_of,
+    is_last,
     is_skipped,
     leave_sum,
     piece_of,
     places,
     strip_of,
     unscaled,
+    work_of,
 )
-from fastwrs.triton_kernels.norms import add_up, divided, group_sums, learning_rate
+from fastwrs.triton_kernels.look import channel_of, found_of, look_of, row_totals
+from fastwrs.triton_kernels.norms import divided, group_sums, moment
 from fastwrs.triton_kernels.numeric import compensated, quotient, square_root
 
 # The sums of a row, in the order of the workspace: step * weight, gradient * weight, gradient^2, weight^2.
@@ -34,16 +36,6 @@ SUMS = tl.constexpr(4)
 CLOSED, BY_CHANNEL, WHOLE = (tl.constexpr(k) for k in range(3))
 # Where its decision is behind the sums, what is taken out of the whole tensor, and what of the first channel.
 DECISION, ALONG, ALONG_EACH = (tl.constexpr(k) for k in range(3))
-
-
-@triton.jit
-def _gate_of(table, entry):
-    return table + tl.load(table + words.POOL) + tl.load(entry + words.GATE_AT)
-
-
-@triton.jit
-def _sums_of(table, gate, COMPUTE: tl.constexpr):
-    return tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(gate + words.PARTIAL_AT)
 
 
 @triton.jit
@@ -68,40 +60,17 @@ def _states(table, entry, start, within, mask, SLOTS: tl.constexpr, TYPES: tl.co
 
 
 @triton.jit
-def _advance_by(first, within, size, MOST: tl.constexpr):
-    # Quotient and remainder of first + within by size, where first < size and within < MOST.
-    over = (first + within >= size).to(tl.int32)
-    rest = first + within - over * size
-    if size <= 4 * MOST:
-        over, short = divided((first + within).to(tl.int32), quotient(1.0, size.to(tl.float32)), size.to(tl.int32))
-        rest = short.to(tl.int64)
-    return over, rest
-
-
-@triton.jit
-def _channel_of(gate, start, within):
-    # The index of dimension 0 of elements `start + within`. Of consecutive ones without a division of 64 bits for each.
-    channels, inner = tl.load(gate + words.CHANNELS), tl.load(gate + words.CHANNEL_INNER)
-    if len(within.shape) == 2:
-        return (start + within) // inner % channels
-    else:
-        more, _ = _advance_by(start % inner, within, inner, within.shape[0])
-        _, channel = _advance_by(start // inner % channels, more, channels, within.shape[0])
-        return channel
-
-
-@triton.jit
 def _along_weights(table, entry, start, within, mask, COMPUTE: tl.constexpr):
     # What each element's step loses is this times its weight; and whether the gate is open.
-    gate = _gate_of(table, entry)
+    gate = look_of(table, entry)
     decision = tl.full([], 0, COMPUTE)
     along = tl.zeros(within.shape, COMPUTE)
     if _is_there(gate):
-        decided = _sums_of(table, gate, COMPUTE) + SUMS * tl.load(gate + words.PER_SUM)
+        decided = found_of(table, gate, COMPUTE) + SUMS * tl.load(gate + words.PER_SUM)
         decision = tl.load(decided + DECISION)
         along += tl.load(decided + ALONG)
         if decision == BY_CHANNEL:
-            along = tl.load(decided + ALONG_EACH + _channel_of(gate, start, within), mask, other=0)
+            along = tl.load(decided + ALONG_EACH + channel_of(gate, start, within), mask, other=0)
     return along, decision != CLOSED
 
 
@@ -210,22 +179,6 @@ def _strip_tile(table, gate, control, scalars, tile, ADVANCE: tl.constexpr, DIRE
 
 
 @triton.jit
-def _row_totals(sums, parts, cols, lanes, lane, row, there, COMPUTE: tl.constexpr, SIZE: tl.constexpr):
-    # The sums of some rows, in lane 0 of each, from those of their parts in a fixed order. Either the parts of a row
-    # lie together, or rows do (then there is one unit, and they are its columns).
-    stride = tl.where(cols == 1, parts, 1)
-    nothing = tl.zeros([SIZE], COMPUTE)
-    total, lost = nothing, nothing
-    first = tl.zeros_like(parts)
-    while first < parts:
-        part = first + lane
-        x = tl.load(sums + row * stride + part * cols, there & (part < parts), other=0)
-        total, lost = compensated(total, lost, x)
-        first += lanes
-    return add_up(total, lane, lanes, 1, SIZE)
-
-
-@triton.jit
 def _at_least(x, least):
     return tl.where(x < least, least, x)
 
@@ -249,7 +202,7 @@ def _decide(table, gate, control, COMPUTE: tl.constexpr, SIZE: tl.constexpr):
     delta, eps = tl.load(control + words.DELTA), tl.load(control + words.EPS)
     channels, per_sum = tl.load(gate + words.GROUPS), tl.load(gate + words.PER_SUM)
     parts, cols = tl.load(gate + words.ROW_TILES), tl.load(gate + words.COLS)
-    sums = _sums_of(table, gate, COMPUTE)
+    sums = found_of(table, gate, COMPUTE)
     decided = sums + SUMS * per_sum
     lanes = tl.load(gate + words.LANES).to(tl.int32)
     of_chunk, lane = divided(tl.arange(0, SIZE), quotient(1.0, lanes.to(tl.float32)), lanes)
@@ -263,7 +216,7 @@ def _decide(table, gate, control, COMPUTE: tl.constexpr, SIZE: tl.constexpr):
         there = row < channels
         totals = ()
         for k in tl.static_range(SUMS):
-            total = _row_totals(sums + k * per_sum, parts, cols, lanes, lane, row, there, COMPUTE, SIZE)
+            total = row_totals(sums + k * per_sum, parts, cols, lanes, lane, row, there, COMPUTE, SIZE)
             totals = totals + (total,)
         there = there & (lane == 0)
         closed += (there & ((_cosine(totals, eps) < limit) == 0)).to(tl.int32)
@@ -284,12 +237,9 @@ def _decide(table, gate, control, COMPUTE: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _decide_if_last(table, gate, control, tensor, COMPUTE: tl.constexpr, SIZE: tl.constexpr):
+def _decide_if_last(table, gate, control, COMPUTE: tl.constexpr, SIZE: tl.constexpr):
     # The last program of a tensor to come finds the sums of all others in the workspace.
-    tl.debug_barrier()  # all threads of this program have left theirs
-    ticket = (table + tl.load(table + words.GATE_TICKETS)).to(tl.pointer_type(tl.int32)) + tensor
-    if tl.atomic_add(ticket, 1) == tl.load(gate + words.PROGRAMS) - 1:
-        tl.store(ticket, 0)
+    if is_last(table, gate, 0, tl.load(gate + words.PROGRAMS)):
         _decide(table, gate, control, COMPUTE, SIZE)
 
 
@@ -301,17 +251,12 @@ def gate_kernel(table, PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: 
     table = tl.multiple_of(table, 16)
     COMPUTE: tl.constexpr = TYPES[3]
     if not is_skipped(table):
-        program = tl.program_id(0)
-        numbers = (table + tl.load(table + words.GATE_MAP)).to(tl.pointer_type(tl.int32))
-        tensor = tl.load(numbers + program).to(tl.int64)
-        entry = entry_of(table, tensor)
-        gate = _gate_of(table, entry)
+        entry, tile = work_of(table, words.GATE_MAP, words.FIRST_GATE)
+        gate = look_of(table, entry)
         control = control_of(table, gate, COMPUTE)
-        tile = program.to(tl.int64) - tl.load(entry + words.FIRST_GATE)
-        t = tl.load(tl.load(gate + words.STEP).to(tl.pointer_type(tl.float32))).to(COMPUTE) + 1
+        lr, t, _rescale, _shrink = moment(gate, control)
         flags, kind = tl.load(gate + words.FLAG_BITS), tl.load(gate + words.KIND)
-        scalars = PREPARE(control + words.CONTROL_NUMBERS, learning_rate(gate, control), t,
-                          (t == 1) | ((flags & words.FRESH) != 0))  # fmt: skip
+        scalars = PREPARE(control + words.CONTROL_NUMBERS, lr, t, (t == 1) | ((flags & words.FRESH) != 0))
         if kind == words.STRIP:
             _strip_tile(table, gate, control, scalars, tile, ADVANCE, DIRECTION, SLOTS, TYPES, HEIGHT, WIDTH)
         else:
@@ -326,7 +271,7 @@ def gate_kernel(table, PREPARE: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: 
                 _flat_tile(table, gate, control, scalars, start, count, tile, ADVANCE, DIRECTION, SLOTS, TYPES, False,
                            False, TILE)  # fmt: skip
         if _is_there(gate):
-            _decide_if_last(table, gate, control, tensor, COMPUTE, TILE // 2)
+            _decide_if_last(table, gate, control, COMPUTE, TILE // 2)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """The kernels. A program takes one tile of one tensor: it updates the tile, and where norms are to be set and the tile
 holds whole norm groups it keeps the new weights in registers until their norms are known, so that every array is read
 and written once. Where a group does not fit, ``step_kernel`` writes the weights and leaves sums of squares in the
-workspace, ``finish_kernel`` makes factors of them and ``project_kernel`` scales. A rule with a gate has ``gate_kernel``
-before all of these.
+workspace, of which the last program of a group to come makes its factor, and ``project_kernel`` scales. A rule with a
+gate has ``gate_kernel`` before these, one with a shifted L2 term ``shift_kernel``.
 
 Whether this step counts (found_inf), rescales or shrinks is decided here, from numbers in device memory.
 """
@@ -20,45 +20,51 @@ from fastwrs.triton_kernels.access import (
     VECTOR,
     control_of,
     entry_of,
+    is_last,
     is_skipped,
     leave_sum,
     piece_of,
     places,
     strip_of,
     unscaled,
+    work_of,
 )
 from fastwrs.triton_kernels.gate import update_behind_gate
+from fastwrs.triton_kernels.look import GATE, SHIFT
 from fastwrs.triton_kernels.norms import (
     divided,
-    due,
     group_totals,
-    learning_rate,
+    moment,
     projection_factor,
     write_measured,
     write_measured_of_nothing,
 )
 from fastwrs.triton_kernels.numeric import compensated, quotient, square_root
+from fastwrs.triton_kernels.shift import with_shift
 
 
 @triton.jit
 def _update(table, entry, control, scalars, start, within, mask, UPDATE: tl.constexpr, SLOTS: tl.constexpr,
-            TYPES: tl.constexpr, GATED: tl.constexpr, MEASURE: tl.constexpr, ALIGNED: tl.constexpr,
+            TYPES: tl.constexpr, LOOK: tl.constexpr, MEASURE: tl.constexpr, ALIGNED: tl.constexpr,
             WALK: tl.constexpr):  # fmt: skip
     """Updates some elements and writes their states. Returns weights before and after, gradient and step.
 
     The gradient is that which the user sees: unscaled, not negated.
     """
-    if GATED:
+    if LOOK == GATE:
         return update_behind_gate(
             table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, MEASURE, ALIGNED, WALK
         )
     else:
-        return _update_at_once(table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, ALIGNED, WALK)
+        return _update_at_once(
+            table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, LOOK, ALIGNED, WALK
+        )
 
 
 @triton.jit
 def _update_at_once(table, entry, control, scalars, start, within, mask, UPDATE: tl.constexpr, SLOTS: tl.constexpr,
-                    TYPES: tl.constexpr, ALIGNED: tl.constexpr, WALK: tl.constexpr):  # fmt: skip
+                    TYPES: tl.constexpr, LOOK: tl.constexpr, ALIGNED: tl.constexpr,
+                    WALK: tl.constexpr):  # fmt: skip
     # All of a step, in one pass over memory.
     ARRAYS: tl.constexpr = 2 + SLOTS
     COMPUTE: tl.constexpr = TYPES[3]
@@ -78,6 +84,8 @@ def _update_at_once(table, entry, control, scalars, start, within, mask, UPDATE:
         s2 = tl.load(a2, mask, other=0).to(COMPUTE)
     grad = unscaled(table, g, grad, mask, True, TYPES[1])
     signed = tl.where(tl.load(control + words.MAXIMIZE) != 0, -grad, grad)
+    if LOOK == SHIFT:
+        signed = with_shift(table, entry, control, start, within, mask, before, signed, COMPUTE)
     after, step, s0, s1, s2 = UPDATE(before, signed, s0, s1, s2, scalars, SLOTS)
     if SLOTS > 0:
         tl.store(a0, s0.to(TYPES[2]), mask)
@@ -90,7 +98,7 @@ def _update_at_once(table, entry, control, scalars, start, within, mask, UPDATE:
 
 @triton.jit
 def _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE: tl.constexpr,
-               SLOTS: tl.constexpr, TYPES: tl.constexpr, GATED: tl.constexpr, MEASURE: tl.constexpr,
+               SLOTS: tl.constexpr, TYPES: tl.constexpr, LOOK: tl.constexpr, MEASURE: tl.constexpr,
                ALIGNED: tl.constexpr, WALK: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """A tile of consecutive elements: whole units, or a part of one unit with one norm group."""
     COMPUTE: tl.constexpr = TYPES[3]
@@ -100,7 +108,7 @@ def _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count
         count = count // VECTOR * VECTOR
     mask = within < count
     p, before, after, grad, step = _update(
-        table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, GATED, MEASURE, ALIGNED, WALK
+        table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, LOOK, MEASURE, ALIGNED, WALK
     )
     kind = tl.load(entry + words.KIND)
     measured = MEASURE and tl.load(entry + words.MEASURE_AT) >= 0
@@ -149,7 +157,7 @@ def _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count
 
 @triton.jit
 def _long_tile(table, entry, control, scalars, lr, rescale, shrink, start, UPDATE: tl.constexpr, SLOTS: tl.constexpr,
-               TYPES: tl.constexpr, GATED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
+               TYPES: tl.constexpr, LOOK: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
                HELD: tl.constexpr):  # fmt: skip
     """One unit of up to HELD tiles, held in registers: of one norm group, or of several that are only rescaled."""
     unit = tl.load(entry + words.UNIT).to(tl.int32)
@@ -164,7 +172,7 @@ def _long_tile(table, entry, control, scalars, lr, rescale, shrink, start, UPDAT
     while k * TILE < unit:
         mask = within < unit - k * TILE
         _p, before, after, _g, _u = _update(table, entry, control, scalars, start + k * TILE, within, mask, UPDATE,
-                                            SLOTS, TYPES, GATED, False, ALIGNED, False)  # fmt: skip
+                                            SLOTS, TYPES, LOOK, False, ALIGNED, False)  # fmt: skip
         after = tl.where(mask, after, 0)
         x = tl.where(shrink, before, after)
         total += tl.sum(x * x)
@@ -232,13 +240,13 @@ def _with_scaled_col(held, factor, within, inverse, cols, col, TILE: tl.constexp
 
 @triton.jit
 def _strip_tile(table, entry, control, scalars, rescale, shrink, tile, UPDATE: tl.constexpr, SLOTS: tl.constexpr,
-                TYPES: tl.constexpr, GATED: tl.constexpr, MEASURE: tl.constexpr, HEIGHT: tl.constexpr,
+                TYPES: tl.constexpr, LOOK: tl.constexpr, MEASURE: tl.constexpr, HEIGHT: tl.constexpr,
                 WIDTH: tl.constexpr):  # fmt: skip
     """Some rows of some columns of one unit: the weights are written at once, sums are left for each column."""
     COMPUTE: tl.constexpr = TYPES[3]
     _unit, start, within, mask, place, col = strip_of(entry, tile, HEIGHT, WIDTH)
     p, before, after, grad, step = _update(
-        table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, GATED, MEASURE, False, False
+        table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, LOOK, MEASURE, False, False
     )
     new = after.to(TYPES[0])
     stored = tl.where(mask, new.to(COMPUTE), 0)
@@ -255,81 +263,6 @@ def _strip_tile(table, entry, control, scalars, rescale, shrink, tile, UPDATE: t
             x = tl.where(shrink, before, stored)
             leave_sum(table, entry, 0, place, tl.sum(x * x, axis=0), there, COMPUTE)
     tl.store(p, new, mask)
-
-
-@triton.jit
-def _advance_steps(table, BLOCK: tl.constexpr):
-    """The last program to come advances the steps of all tensors: by then every other has read them."""
-    tl.debug_barrier()  # all threads of this program have read their step
-    ticket = tl.load(table + words.TICKET).to(tl.pointer_type(tl.int32))
-    if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
-        tl.store(ticket, 0)
-        tensors = tl.load(table + words.TENSORS)
-        first = tl.zeros_like(tensors)
-        while first < tensors:
-            tensor = first + tl.arange(0, BLOCK)
-            mask = tensor < tensors
-            step = tl.load(entry_of(table, tensor) + words.STEP, mask, other=0).to(tl.pointer_type(tl.float32))
-            tl.store(step, tl.load(step, mask, other=0) + 1, mask)
-            first += BLOCK
-
-
-@triton.jit
-def step_kernel(table, PREPARE: tl.constexpr, UPDATE: tl.constexpr, SLOTS: tl.constexpr, TYPES: tl.constexpr,
-                GATED: tl.constexpr, MEASURE: tl.constexpr, WALK: tl.constexpr, TILE: tl.constexpr,
-                HELD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """One step of all tensors of a table. TYPES: of parameter, gradient, states, and the compute type.
-
-    GATED: the states have been advanced, and gates have decided: see ``gate_kernel``.
-    """
-    table = tl.multiple_of(table, 16)
-    COMPUTE: tl.constexpr = TYPES[3]
-    if not is_skipped(table):
-        program = tl.program_id(0)
-        if program < tl.load(table + words.TILES):
-            numbers = (table + tl.load(table + words.STEP_MAP)).to(tl.pointer_type(tl.int32))
-            entry = entry_of(table, tl.load(numbers + program).to(tl.int64))
-            control = control_of(table, entry, COMPUTE)
-            tile = program.to(tl.int64) - tl.load(entry + words.FIRST_TILE)
-            t = tl.load(tl.load(entry + words.STEP).to(tl.pointer_type(tl.float32))).to(COMPUTE) + 1
-            lr = learning_rate(entry, control)
-            rescale, shrink = due(entry, control, lr, t)
-            flags, kind, unit = (
-                tl.load(entry + words.FLAG_BITS),
-                tl.load(entry + words.KIND),
-                tl.load(entry + words.UNIT),
-            )
-            scalars = PREPARE(control + words.CONTROL_NUMBERS, lr, t, (t == 1) | ((flags & words.FRESH) != 0))
-            if kind == words.STRIP:
-                if not WALK:
-                    _strip_tile(table, entry, control, scalars, rescale, shrink, tile, UPDATE, SLOTS, TYPES, GATED,
-                                MEASURE, HEIGHT, WIDTH)  # fmt: skip
-            elif kind == words.LONG:
-                if not (WALK or MEASURE):
-                    if ((flags & words.ALIGNED) != 0) & (unit % VECTOR == 0):
-                        _long_tile(table, entry, control, scalars, lr, rescale, shrink, tile * unit, UPDATE, SLOTS,
-                                   TYPES, GATED, True, TILE, HELD)  # fmt: skip
-                    else:
-                        _long_tile(table, entry, control, scalars, lr, rescale, shrink, tile * unit, UPDATE, SLOTS,
-                                   TYPES, GATED, False, TILE, HELD)  # fmt: skip
-            elif kind == words.NOTHING:
-                if MEASURE:
-                    write_measured_of_nothing(table, entry, tile, TILE)
-            else:
-                start, count = piece_of(entry, kind, tile, TILE)
-                whole = (start % VECTOR == 0) & (count % VECTOR == 0)
-                if WALK:
-                    _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE, SLOTS,
-                               TYPES, GATED, MEASURE, False, True, TILE)  # fmt: skip
-                else:
-                    if ((flags & words.ALIGNED) != 0) & whole:
-                        _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE,
-                                   SLOTS, TYPES, GATED, MEASURE, True, False, TILE)  # fmt: skip
-                    else:
-                        _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE,
-                                   SLOTS, TYPES, GATED, MEASURE, False, False, TILE)  # fmt: skip
-        if tl.load(table + words.PROJECT_TILES) == 0:
-            _advance_steps(table, TILE)
 
 
 @triton.jit
@@ -356,37 +289,105 @@ def _compensated_sum(table, entry, kind, unit, col, there, HEIGHT: tl.constexpr,
 
 
 @triton.jit
-def finish_kernel(table, COMPUTE: tl.constexpr, MEASURE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Makes factors of the partial sums: some columns of one unit for each program."""
-    table = tl.multiple_of(table, 16)
-    if not is_skipped(table):
-        numbers = (table + tl.load(table + words.FINISH_MAP)).to(tl.pointer_type(tl.int32))
-        program = tl.program_id(0)
-        entry = entry_of(table, tl.load(numbers + program).to(tl.int64))
+def _finish_if_last(table, MEASURE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, COMPUTE: tl.constexpr):
+    """Makes factors of the sums of some columns of a unit in parts, if all programs of these have left theirs.
+
+    What the program has known before is read again here: to keep it meanwhile takes registers from the update.
+    """
+    entry, tile = work_of(table, words.STEP_MAP, words.FIRST_TILE)
+    kind = tl.load(entry + words.KIND)
+    if (kind == words.PARTIAL) | (kind == words.STRIP):
         control = control_of(table, entry, COMPUTE)
-        tile = program.to(tl.int64) - tl.load(entry + words.FIRST_FINISH)
-        t = tl.load(tl.load(entry + words.STEP).to(tl.pointer_type(tl.float32))).to(COMPUTE) + 1
-        lr = learning_rate(entry, control)
-        rescale, shrink = due(entry, control, lr, t)
-        measured = MEASURE and tl.load(entry + words.MEASURE_AT) >= 0
-        if rescale | shrink | measured:
-            cols = tl.load(entry + words.COLS)
+        lr, _t, rescale, shrink = moment(entry, control)
+        if rescale | shrink | MEASURE:
+            cols, row_tiles = tl.load(entry + words.COLS), tl.load(entry + words.ROW_TILES)
             strips = tl.cdiv(cols, WIDTH)
-            unit = tile // strips
-            col = tile % strips * WIDTH + tl.arange(0, WIDTH)
-            there = col < cols
-            group = unit * cols + col
-            norm = square_root(_compensated_sum(table, entry, 0, unit, col, there, HEIGHT, WIDTH, COMPUTE))
-            kinds: tl.constexpr = 4 if MEASURE else 1
-            if MEASURE:
-                updated = square_root(_compensated_sum(table, entry, 1, unit, col, there, HEIGHT, WIDTH, COMPUTE))
-                factor = projection_factor(control, lr, rescale, shrink, norm, updated)
-                grad = square_root(_compensated_sum(table, entry, 2, unit, col, there, HEIGHT, WIDTH, COMPUTE))
-                step = square_root(_compensated_sum(table, entry, 3, unit, col, there, HEIGHT, WIDTH, COMPUTE))
-                write_measured(table, entry, group, there, factor, rescale, shrink, norm, updated, grad, step)
+            strip, unit = tile % strips, tile // strips // row_tiles
+            if is_last(table, entry, unit * strips + strip, row_tiles):
+                col = strip * WIDTH + tl.arange(0, WIDTH)
+                there = col < cols
+                kinds: tl.constexpr = 4 if MEASURE else 1
+                norms = ()
+                for k in tl.static_range(kinds):
+                    sums = _compensated_sum(table, entry, k, unit, col, there, HEIGHT, WIDTH, COMPUTE)
+                    norms = norms + (square_root(sums),)
+                factor = projection_factor(control, lr, rescale, shrink, norms[0], norms[1 if MEASURE else 0])
+                leave_sum(table, entry, kinds, unit * cols + col, factor, there, COMPUTE)
+                if MEASURE:
+                    write_measured(table, entry, unit * cols + col, there, factor, rescale, shrink, norms[0], norms[1],
+                                   norms[2], norms[3])  # fmt: skip
+
+
+@triton.jit
+def _advance_steps(table, BLOCK: tl.constexpr):
+    """The last program to come advances the steps of all tensors: by then every other has read them."""
+    tl.debug_barrier()  # all threads of this program have read their step
+    ticket = tl.load(table + words.TICKET).to(tl.pointer_type(tl.int32))
+    if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
+        tl.store(ticket, 0)
+        tensors = tl.load(table + words.TENSORS)
+        first = tl.zeros_like(tensors)
+        while first < tensors:
+            tensor = first + tl.arange(0, BLOCK)
+            mask = tensor < tensors
+            step = tl.load(entry_of(table, tensor) + words.STEP, mask, other=0).to(tl.pointer_type(tl.float32))
+            tl.store(step, tl.load(step, mask, other=0) + 1, mask)
+            first += BLOCK
+
+
+@triton.jit
+def step_kernel(table, PREPARE: tl.constexpr, UPDATE: tl.constexpr, SLOTS: tl.constexpr, TYPES: tl.constexpr,
+                LOOK: tl.constexpr, MEASURE: tl.constexpr, WALK: tl.constexpr, TILE: tl.constexpr,
+                HELD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """One step of all tensors of a table. TYPES: of parameter, gradient, states, and the compute type.
+
+    LOOK: what has been looked at. GATE: the states have been advanced, and gates have decided, see ``gate_kernel``;
+    SHIFT: slopes and means of all channels are known, see ``shift_kernel``.
+    """
+    table = tl.multiple_of(table, 16)
+    COMPUTE: tl.constexpr = TYPES[3]
+    if not is_skipped(table):
+        if tl.program_id(0) < tl.load(table + words.TILES):
+            entry, tile = work_of(table, words.STEP_MAP, words.FIRST_TILE)
+            control = control_of(table, entry, COMPUTE)
+            lr, t, rescale, shrink = moment(entry, control)
+            flags, kind, unit = (
+                tl.load(entry + words.FLAG_BITS),
+                tl.load(entry + words.KIND),
+                tl.load(entry + words.UNIT),
+            )
+            scalars = PREPARE(control + words.CONTROL_NUMBERS, lr, t, (t == 1) | ((flags & words.FRESH) != 0))
+            if kind == words.STRIP:
+                if not WALK:
+                    _strip_tile(table, entry, control, scalars, rescale, shrink, tile, UPDATE, SLOTS, TYPES, LOOK,
+                                MEASURE, HEIGHT, WIDTH)  # fmt: skip
+            elif kind == words.LONG:
+                if not (WALK or MEASURE):
+                    if ((flags & words.ALIGNED) != 0) & (unit % VECTOR == 0):
+                        _long_tile(table, entry, control, scalars, lr, rescale, shrink, tile * unit, UPDATE, SLOTS,
+                                   TYPES, LOOK, True, TILE, HELD)  # fmt: skip
+                    else:
+                        _long_tile(table, entry, control, scalars, lr, rescale, shrink, tile * unit, UPDATE, SLOTS,
+                                   TYPES, LOOK, False, TILE, HELD)  # fmt: skip
+            elif kind == words.NOTHING:
+                if MEASURE:
+                    write_measured_of_nothing(table, entry, tile, TILE)
             else:
-                factor = projection_factor(control, lr, rescale, shrink, norm, norm)
-            leave_sum(table, entry, kinds, group, factor, there, COMPUTE)
+                start, count = piece_of(entry, kind, tile, TILE)
+                whole = (start % VECTOR == 0) & (count % VECTOR == 0)
+                if WALK:
+                    _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE, SLOTS,
+                               TYPES, LOOK, MEASURE, False, True, TILE)  # fmt: skip
+                else:
+                    if ((flags & words.ALIGNED) != 0) & whole:
+                        _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE,
+                                   SLOTS, TYPES, LOOK, MEASURE, True, False, TILE)  # fmt: skip
+                    else:
+                        _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count, tile, UPDATE,
+                                   SLOTS, TYPES, LOOK, MEASURE, False, False, TILE)  # fmt: skip
+            _finish_if_last(table, MEASURE, HEIGHT, WIDTH, COMPUTE)
+        if tl.load(table + words.PROJECT_TILES) == 0:
+            _advance_steps(table, TILE)
 
 
 @triton.jit
@@ -416,14 +417,8 @@ def project_kernel(table, PARAM: tl.constexpr, COMPUTE: tl.constexpr, SLOTS: tl.
     """Multiplies the weights that fit no tile by the factors of their groups."""
     table = tl.multiple_of(table, 16)
     if not is_skipped(table):
-        program = tl.program_id(0)
-        numbers = (table + tl.load(table + words.PROJECT_MAP)).to(tl.pointer_type(tl.int32))
-        entry = entry_of(table, tl.load(numbers + program).to(tl.int64))
-        control = control_of(table, entry, COMPUTE)
-        tile = program.to(tl.int64) - tl.load(entry + words.FIRST_PROJECT)
-        t = tl.load(tl.load(entry + words.STEP).to(tl.pointer_type(tl.float32))).to(COMPUTE) + 1
-        lr = learning_rate(entry, control)
-        rescale, shrink = due(entry, control, lr, t)
+        entry, tile = work_of(table, words.PROJECT_MAP, words.FIRST_PROJECT)
+        _lr, _t, rescale, shrink = moment(entry, control_of(table, entry, COMPUTE))
         if rescale | shrink:
             kinds: tl.constexpr = 4 if MEASURE else 1
             factors = tl.load(table + words.WORKSPACE).to(tl.pointer_type(COMPUTE)) + tl.load(entry + words.PARTIAL_AT)

@@ -10,12 +10,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastwrs.triton_kernels import gate, kernels
+from fastwrs.triton_kernels import gate, kernels, shift
+from fastwrs.triton_kernels.look import LOOKS
 from fastwrs.triton_kernels.rules import RULES
 
 _TYPES = {"float32": tl.float32, "float64": tl.float64, "bfloat16": tl.bfloat16, "float16": tl.float16}
-FINISH_HEIGHT, FINISH_WIDTH = 128, 16
-"""Partial sums that a program of ``finish_kernel`` reads at a time."""
 
 
 def options_for(backend: str) -> dict[str, Any]:
@@ -39,7 +38,7 @@ class Blocks(NamedTuple):
     """Tiles of one unit that a program holds at most."""
     height: int
     width: int
-    """Rows and columns of a strip."""
+    """Rows and columns of a strip. So many partial sums are read at a time."""
 
 
 class Variant(NamedTuple):
@@ -51,12 +50,7 @@ class Variant(NamedTuple):
     measure: bool
     walk: bool
     gate_walk: bool = False
-    """Whether some tensor's gate has to walk by strides."""
-
-    @property
-    def gated(self) -> bool:
-        """Whether the rule has a gate."""
-        return RULES[self.rule].gated
+    """Whether some tensor has to be walked by strides in the first pass."""
 
     @property
     def blocks(self) -> Blocks:
@@ -71,7 +65,7 @@ class Variant(NamedTuple):
             "UPDATE": rule.update,
             "SLOTS": self.slots,
             "TYPES": self._types,
-            "GATED": self.gated,
+            "LOOK": LOOKS[rule.look],
             "MEASURE": self.measure,
             "WALK": self.walk,
             "TILE": blocks.tile,
@@ -80,6 +74,23 @@ class Variant(NamedTuple):
             "WIDTH": blocks.width,
         }
         return kernels.step_kernel, constants
+
+    def look(self) -> tuple[Any, dict[str, Any]]:
+        """The kernel of the first pass of a rule that looks."""
+        return self.gate() if RULES[self.rule].gated else self.shift()
+
+    def shift(self) -> tuple[Any, dict[str, Any]]:
+        """The kernel of the first pass, if the rule has a shifted L2 term."""
+        blocks = self.blocks
+        constants = {
+            "PARAM": _TYPES[self.dtypes[0]],
+            "COMPUTE": self._compute,
+            "WALK": self.gate_walk,
+            "TILE": blocks.tile,
+            "HEIGHT": blocks.height,
+            "WIDTH": blocks.width,
+        }
+        return shift.shift_kernel, constants
 
     def gate(self) -> tuple[Any, dict[str, Any]]:
         """The kernel of the first pass, if the rule has a gate."""
@@ -96,11 +107,6 @@ class Variant(NamedTuple):
             "WIDTH": blocks.width,
         }
         return gate.gate_kernel, constants
-
-    def finish(self) -> tuple[Any, dict[str, Any]]:
-        """The kernel that makes factors of partial sums."""
-        constants = {"COMPUTE": self._compute, "MEASURE": self.measure}
-        return kernels.finish_kernel, constants | {"HEIGHT": FINISH_HEIGHT, "WIDTH": FINISH_WIDTH}
 
     def project(self) -> tuple[Any, dict[str, Any]]:
         """The kernel that scales what fitted no tile."""
@@ -132,10 +138,9 @@ def constants_of(rule: str, record: Mapping[str, float]) -> list[float]:
 
 
 class Programs(NamedTuple):
-    """How many programs each launch of a table has: the step, what finishes sums, what scales; a gate before them."""
+    """How many programs each launch of a table has: the step, what scales behind it; a gate before them."""
 
     step: int
-    finish: int
     project: int
     gate: int = 0
 
@@ -171,13 +176,11 @@ def run(kernel: Any, programs: int, table: Tensor, constants: dict[str, Any]) ->
 def _launches(variant: Variant, tiles: Programs) -> Iterator[tuple[Any, int, dict[str, Any]]]:
     """Kernels, programs and constants. The step is launched without tiles too: it advances the step counts."""
     if tiles.gate:
-        kernel, constants = variant.gate()
+        kernel, constants = variant.look()
         yield kernel, tiles.gate, constants
     kernel, constants = variant.step()
     yield kernel, max(1, tiles.step), constants
     if tiles.project:
-        kernel, constants = variant.finish()
-        yield kernel, tiles.finish, constants
         kernel, constants = variant.project()
         yield kernel, tiles.project, constants
 

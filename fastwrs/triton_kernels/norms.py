@@ -15,7 +15,7 @@ MEASURED = tl.constexpr(8)  # figures of a group, in the order of fastwrs.spec.M
 
 
 @triton.jit
-def learning_rate(entry, control):
+def _learning_rate(entry, control):
     """The learning rate of a tensor: a number of its record, or a scalar in device memory of fp32 or fp64."""
     lr = tl.load(control + words.LR)
     at = tl.load(entry + words.LR_AT)
@@ -31,7 +31,16 @@ def learning_rate(entry, control):
 
 
 @triton.jit
-def due(entry, control, lr, t):
+def moment(entry, control):
+    """The learning rate of a tensor, the step that it is in, and whether that rescales or shrinks."""
+    lr = _learning_rate(entry, control)
+    t = tl.load(tl.load(entry + words.STEP).to(tl.pointer_type(tl.float32))).to(lr.dtype) + 1
+    rescale, shrink = _due(entry, control, lr, t)
+    return lr, t, rescale, shrink
+
+
+@triton.jit
+def _due(entry, control, lr, t):
     """Whether step t rescales, and whether it shrinks. With lr = 0 neither; a step that rescales skips the shrink."""
     every, start = tl.load(control + words.EVERY), tl.load(control + words.START)
     grouped = (tl.load(entry + words.FLAG_BITS) & words.GROUPED) != 0

@@ -8,6 +8,9 @@ A rule with a gate takes a step in two passes. Its constants begin with those of
 takes gradients and a tuple of states and returns new states; ``direction`` makes of these, as they are stored, the step
 that the gate looks at; ``update`` takes weights, gradients, states, what a step loses in terms of the weights, and
 whether the gate is open, and returns new weights, ``u``, and the first state as it is where the gate has changed it.
+
+One with a shifted L2 term is another rule, whose gradient has got the term. Its constants begin with those of
+``table.SHIFT_CONTROL``.
 """
 
 # Triton reads these functions as a language of its own, with other types than Python's.
@@ -35,11 +38,13 @@ class Rule(NamedTuple):
     update: Any
     advance: Any = None
     direction: Any = None
+    look: str | None = None
+    """What it looks at before the step: "gate" or "shift"."""
 
     @property
     def gated(self) -> bool:
         """Whether it has a gate."""
-        return self.advance is not None
+        return self.look == "gate"
 
 
 # ---- SGD with (Nesterov) momentum: torch.optim.SGD; Sutskever et al., ICML 2013 ------------------------------------
@@ -65,6 +70,24 @@ def _sgd_update(w, g, s0, s1, s2, scalars, SLOTS: tl.constexpr):
         s0 = tl.where(first, g, momentum * s0 + one_minus_dampening * g)
         u = tl.where(nesterov != 0, g + momentum * s0, s0)
     return w - lr * u, u, s0, s1, s2
+
+
+# ---- SGD with the epsilon-shifted L2 term: arXiv 1911.05920; what is made of a channel's weights is in shift.py ------
+
+
+def _sgd_shifted_constants(h: Mapping[str, float]) -> list[float]:
+    return [h["shifted_l2_lam"], h["shifted_l2_eps"], *_sgd_constants(h)]
+
+
+@triton.jit
+def _sgd_shifted_prepare(constants, lr, t, first):
+    return _sgd_prepare(constants + 2, lr, t, first)
+
+
+@triton.jit
+def shifted(w, g, slope, mean, lam):
+    """The gradient with the term: slope is lam * (1 - eps / s)."""
+    return g + (slope * (w - mean) + lam * mean)
 
 
 # ---- Adam, AdamW, AMSGrad: Kingma and Ba, ICLR 2015; Loshchilov and Hutter, ICLR 2019; Reddi et al., ICLR 2018 ------
@@ -229,6 +252,7 @@ RULES: dict[str, Rule] = {
         _adamp_update,
         _adamp_advance,
         _adamp_direction,
+        "gate",
     ),
     "sgdp": Rule(
         ("momentum", "dampening", "eps", "weight_decay", "delta", "wd_ratio", "nesterov", "project_momentum"),
@@ -238,5 +262,14 @@ RULES: dict[str, Rule] = {
         _sgdp_update,
         _sgdp_advance,
         _sgdp_direction,
+        "gate",
+    ),
+    "sgd_shifted": Rule(
+        ("momentum", "dampening", "nesterov", "weight_decay", "shifted_l2_lam", "shifted_l2_eps"),
+        ("momentum_buffer",),
+        _sgd_shifted_constants,
+        _sgd_shifted_prepare,
+        _sgd_update,
+        look="shift",
     ),
 }

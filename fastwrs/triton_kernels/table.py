@@ -1,8 +1,8 @@
 """How the table in device memory is laid out: 64-bit words, written by ``csrc/triton/table.cpp``, read by the kernels.
 
 First a header, then an entry for each tensor, then a record of numbers for each param group (in the compute type), then
-the pool (dimensions of what is walked by strides, and where measured rows go), then for each launch the tensor that
-each program works on (int32). Both sides name the words in the same order; a test compares.
+the pool (dimensions of what is walked by strides, and where measured rows go), then tickets (int32), then for each
+launch the tensor that each program works on (int32). Both sides name the words in the same order; a test compares.
 """
 
 from __future__ import annotations
@@ -12,21 +12,19 @@ from triton.language import constexpr
 HEADER = (
     "tensors",
     "tiles",  # programs of the step
-    "finish_tiles",
     "project_tiles",
     "gate_tiles",
     "records",  # where these begin, in words
     "record_numbers",  # numbers per record
     "pool",
+    "tickets",  # int32, 0 between launches
     "step_map",
-    "finish_map",
     "project_map",
     "gate_map",
-    "gate_tickets",  # int32, one for each tensor, 0 between launches; of a rule with a gate
     "grad_scale",  # addresses; 0: none
     "found_inf",
     "measured",
-    "ticket",  # int32, 0 between launches
+    "ticket",  # of the launch: int32, 0 between launches
     "workspace",  # partial sums, in the compute type
 )
 ENTRY = (
@@ -45,9 +43,9 @@ ENTRY = (
     "cols",  # of a unit: its norm groups
     "units_per_tile",
     "first_tile",  # of each launch
-    "first_finish",
     "first_project",
     "first_gate",
+    "first_ticket",
     "record",
     "partial",  # where its partial sums begin
     "per_sum",  # partial sums of one kind
@@ -63,32 +61,33 @@ GATE = (
     "programs",  # of this tensor
     "lanes",  # that add up the sums of a row, a power of 2
 )
-"""What a gate has in the pool behind an entry of its own, whose units hold whole rows of dimension 0.
+"""What a gate, or another look at a tensor, has in the pool behind an entry of its own, whose units hold whole rows of
+dimension 0.
 
-In the workspace it has its four sums of every part of a row (its entry's ``partial`` and ``per_sum``), then its
-decision, what is taken out of the whole tensor, and what of each row.
+In the workspace it has its sums of every part of a row (its entry's ``partial`` and ``per_sum``), then what was found
+out: a gate's decision, what is taken out of the whole tensor, and what of each row; or the slopes and the means of all.
 """
 CONTROL = ("lr", "maximize", "every", "start", "stop", "target", "rate", "power")
 """The numbers of a record that every rule has; the rule's constants follow."""
 GATE_CONTROL = ("delta", "eps", "nesterov", "project_momentum")
 """The first of a rule's constants, if it has a gate."""
+SHIFT_CONTROL = ("lam", "eps")
+"""The first of a rule's constants, if it has a shifted L2 term."""
 KINDS = ("units", "long", "partial", "strip", "nothing")
 FLAGS = ("fresh", "lr_is_double", "aligned", "grouped")
 
 (
     TENSORS,
     TILES,
-    FINISH_TILES,
     PROJECT_TILES,
     GATE_TILES,
     RECORDS,
     RECORD_NUMBERS,
     POOL,
+    TICKETS,
     STEP_MAP,
-    FINISH_MAP,
     PROJECT_MAP,
     GATE_MAP,
-    GATE_TICKETS,
     GRAD_SCALE,
     FOUND_INF,
     MEASURED_ROWS,
@@ -111,9 +110,9 @@ FLAGS = ("fresh", "lr_is_double", "aligned", "grouped")
     COLS,
     UNITS_PER_TILE,
     FIRST_TILE,
-    FIRST_FINISH,
     FIRST_PROJECT,
     FIRST_GATE,
+    FIRST_TICKET,
     RECORD,
     PARTIAL_AT,
     PER_SUM,
@@ -128,5 +127,6 @@ HEADER_WORDS, ENTRY_WORDS = constexpr(len(HEADER)), constexpr(len(ENTRY))
 LR, MAXIMIZE, EVERY, START, STOP, TARGET, RATE, POWER = map(constexpr, range(len(CONTROL)))
 CONTROL_NUMBERS = constexpr(len(CONTROL))
 DELTA, EPS, NESTEROV, PROJECT_MOMENTUM = map(constexpr, range(len(CONTROL), len(CONTROL) + len(GATE_CONTROL)))
+LAM, SHIFT_EPS = map(constexpr, range(len(CONTROL), len(CONTROL) + len(SHIFT_CONTROL)))
 UNITS, LONG, PARTIAL, STRIP, NOTHING = map(constexpr, range(len(KINDS)))
 FRESH, LR_IS_DOUBLE, ALIGNED, GROUPED = (constexpr(1 << bit) for bit in range(len(FLAGS)))

@@ -1,8 +1,6 @@
-// Sums as the loops make them, for any instruction set the same: see Accumulator in leaves.h. Included by leaves.cpp
-// alone, once per instruction set.
+// Sums as cascades. A part of leaves.cpp, which is compiled once per instruction set.
 #pragma once
 
-#include <cstdint>
 #include <cstring>
 
 #include "leaves.h"
@@ -196,6 +194,12 @@ class RowSums {
   C* levels_[kSets];
   int64_t blocks_ = 0;
 };
+
+// Whether a run of a single group's elements may be summed by whole blocks from here on.
+template <class C>
+bool at_a_block(const Accumulator<C>* a) {
+  return a && a->width == Accumulator<C>::kLanes && a->position == 0 && a->turns == 0;
+}
 
 }  // namespace FASTWRS_ISA
 }  // namespace fastwrs::cpu
