@@ -79,8 +79,12 @@ def _worker(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "csrc/cpu/worker.h", old, new)
 
 
-def _leaves(name: str, old: str, new: str) -> Mutant:
-    return Mutant(name, "csrc/cpu/leaves.cpp", old, new)
+def _gather(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/cpu/gather.h", old, new)
+
+
+def _updates(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/cpu/leaf_updates.h", old, new)
 
 
 def _sums(name: str, old: str, new: str) -> Mutant:
@@ -117,11 +121,6 @@ MUTANTS = (
     _worker("the last row alone decides", "largest = maximum(largest, gate_cosine(", "largest = (gate_cosine("),
     _looks("a gate on another product", "gate_term(k, u, g, w)", "gate_term(k, u, g + w, w)"),
     Mutant("no rows for the gate", "csrc/norms/geometry.cpp", "- 1) & ~int64_t(1);", "- 1);"),
-    _looks(
-        "the second pass leaves the gradient scaled",
-        "g = g / grad_scale;\n          grad[i] = narrow(g, G());",
-        "g = g / grad_scale;",
-    ),
     # the shifted term
     _shifted("the term without lam * mu", "+ s.lam * shift.mean)", ")"),
     _shifted("not of the distance from the mean", "(w - shift.mean)", "w"),
@@ -137,8 +136,8 @@ MUTANTS = (
     _shift("sums that cancel", "return first + quotient(sum, count);", "return first * 0;"),
     _shift("squares about the origin", "- average * sums[kDistance]", ""),
     _shift("a mean without its origin", "*mean = origin + average", "*mean = average"),
-    _worker(
-        "the origin of another channel", "channel % g.cols;\n    const int64_t count", "0;\n    const int64_t count"
+    _gather(
+        "the origin of another channel", "channel % g.cols;\n  const int64_t count", "0;\n  const int64_t count"
     ),
     _worker(
         "what the neighbour is told",
@@ -146,7 +145,7 @@ MUTANTS = (
         "of_channel[channel ? channel - 1 : 0]);\n      });",
     ),
     _worker("one mean for all", "found + call.look.head + k * g.channels;", "found + call.look.head;"),
-    _looks("only the first slope", "kEach ? told0_each[i] :", "kEach ? told0_each[0] :"),
+    _updates("only the first slope", "kEach ? told0_each[i] :", "kEach ? told0_each[0] :"),
     # schedule, rescale, shrink
     _projection("rescale a step late", "every * whole(t / every) == t", "every * whole((t - 1) / every) == t - 1"),
     _projection("stop is included", "t < stop", "t <= stop"),
@@ -178,23 +177,24 @@ MUTANTS = (
         "b.unit * p.geometry.cols + b.first_column;\n    for_runs",
         "b.unit * p.geometry.cols;\n    for_runs",
     ),
-    _leaves(
+    _updates(
         "u is measured by the gradient",
-        "lanes[kUpdate * kLanes + lane] += u * u;",
-        "lanes[kUpdate * kLanes + lane] += g * g;",
+        "sums[kUpdate] += u * u;",
+        "sums[kUpdate] += g * g;",
     ),
-    _leaves("the rest of a row is its beginning", "at(whole + j, j);", "at(j, j);"),
+    _sums("the rest of a row is its beginning", "add(whole + j, j);", "add(j, j);"),
     _sums("one block of a row", "++blocks_;", "blocks_ = 1;"),
     # the update
-    _leaves(
+    _updates(
         "no last element",
-        "C(widen(param[i]));\n    C g",
-        "C(widen(param[i]));\n    if (i + 1 == n) return;\n    C g",
+        "C(widen(param[i]));\n      C g",
+        "C(widen(param[i]));\n      if (i + 1 == n) return;\n      C g",
     ),
-    _leaves("maximize ignored", "const C sign = a.maximize ? C(-1) : C(1)", "const C sign = C(1)"),
-    _leaves(
+    _updates("maximize ignored", "const C sign = a.maximize ? C(-1) : C(1)", "const C sign = C(1)"),
+    _worker("a row is scaled by the factor of another", "behind_factor = before.factor", "behind_factor = last.factor"),
+    _updates(
         "the unscaled gradient is not written",
-        "g = g / grad_scale;\n      grad[i] = narrow(g, G());",
+        "g = g / grad_scale;\n        grad[i] = narrow(g, G());",
         "g = g / grad_scale;",
     ),
     Mutant(

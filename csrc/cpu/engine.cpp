@@ -17,6 +17,9 @@ constexpr int64_t kSerialLimit = 32768;
 constexpr int64_t kItemCost = 256;
 // Parcels of work per thread: enough to even out a thread that is held up, few enough to cost nothing.
 constexpr int64_t kParcelsPerThread = 8;
+// What is read a second time should still be in the cache: so many bytes of tensors go through all phases before the
+// next ones begin. Of a larger tensor the end is read again first.
+constexpr int64_t kWave = 16 << 20;
 
 // Scratch that is kept from step to step, so that a step allocates nothing once it is warm.
 template <class P>
@@ -45,7 +48,12 @@ class WorkerPool {
   std::vector<std::unique_ptr<Worker<P>>> free_;
 };
 
-// Runs a phase: every item of every tensor once, on all threads, in any order.
+// Tensors that go through all phases together: [begin, end).
+struct Wave {
+  size_t begin, end;
+};
+
+// Runs a phase: every item of every tensor of a wave once, on all threads, in any order.
 template <class P>
 class Phase {
   using C = compute_t<P>;
@@ -53,26 +61,35 @@ class Phase {
  public:
   using Body = void (Worker<P>::*)(const Call<P>&, const Work<C>&, int64_t item);
 
-  Phase(const Call<P>& call, const std::vector<Work<C>>& works, Body body) : call_(call), works_(works), body_(body) {}
+  // backwards: begins with what the phase before has left in the cache.
+  Phase(const Call<P>& call, const std::vector<Work<C>>& works, Body body, bool backwards = false)
+      : call_(call), works_(works), body_(body), backwards_(backwards) {}
 
   void add(int64_t items, int64_t elements) {
     map_.add(items);
     elements_.push_back(elements);
-    cost_ += elements + items * kItemCost;
   }
 
-  void run(std::vector<std::unique_ptr<Worker<P>>>& workers, const Threads& threads) {
-    if (map_.items() == 0) return;
+  bool any() const { return map_.items() > 0; }
+
+  void run(std::vector<std::unique_ptr<Worker<P>>>& workers, const Threads& threads, const Wave& wave) {
+    if (!any()) return;  // nor has it been told of the tensors
+    const int64_t begin = map_.first[wave.begin], end = map_.first[wave.end];
+    if (begin == end) return;
     workers_ = &workers;
-    const int64_t count = cost_ < kSerialLimit ? 1 : int64_t(workers.size());
-    if (count == 1) return run_items(*workers[0], 0, map_.items());
-    cut_parcels(count * kParcelsPerThread);
+    int64_t cost = (end - begin) * kItemCost;
+    for (size_t t = wave.begin; t < wave.end; ++t) cost += map_.first[t + 1] > map_.first[t] ? elements_[t] : 0;
+    const int64_t count = cost < kSerialLimit ? 1 : int64_t(workers.size());
+    if (count == 1) return run_items(*workers[0], begin, end);
+    cut_parcels(wave, cost / (count * kParcelsPerThread) + 1);
+    next_ = 0;
     threads.run(
         count,
         [](int64_t i, void* self) {
           Phase& phase = *static_cast<Phase*>(self);
           const int64_t last = int64_t(phase.parcels_.size()) - 1;
-          for (int64_t parcel; (parcel = phase.next_.fetch_add(1)) < last;) {
+          for (int64_t turn; (turn = phase.next_.fetch_add(1)) < last;) {
+            const int64_t parcel = phase.backwards_ ? last - 1 - turn : turn;
             phase.run_items(*(*phase.workers_)[i], phase.parcels_[parcel], phase.parcels_[parcel + 1]);
           }
         },
@@ -80,12 +97,11 @@ class Phase {
   }
 
  private:
-  // Parcels of about equal cost: bounds in items.
-  void cut_parcels(int64_t count) {
-    const int64_t share = cost_ / count + 1;
-    parcels_.push_back(0);
+  // Parcels of about the cost `share`: bounds in items.
+  void cut_parcels(const Wave& wave, int64_t share) {
+    parcels_.assign(1, map_.first[wave.begin]);
     int64_t cost = 0;
-    for (size_t t = 0; t < elements_.size(); ++t) {
+    for (size_t t = wave.begin; t < wave.end; ++t) {
       const int64_t items = map_.first[t + 1] - map_.first[t];
       if (items == 0) continue;
       const int64_t item_cost = elements_[t] / items + kItemCost;
@@ -99,7 +115,7 @@ class Phase {
         }
       }
     }
-    if (parcels_.back() != map_.items()) parcels_.push_back(map_.items());
+    if (parcels_.back() != map_.first[wave.end]) parcels_.push_back(map_.first[wave.end]);
   }
 
   void run_items(Worker<P>& worker, int64_t begin, int64_t end) {
@@ -113,12 +129,30 @@ class Phase {
   const Call<P>& call_;
   const std::vector<Work<C>>& works_;
   Body body_;
+  bool backwards_;
   BlockMap map_;
   std::vector<int64_t> elements_, parcels_;
-  int64_t cost_ = 0;
   std::atomic<int64_t> next_{0};
   std::vector<std::unique_ptr<Worker<P>>>* workers_ = nullptr;
 };
+
+// Consecutive tensors that fit the cache together; all of them at once where nothing is read twice.
+template <class P>
+std::vector<Wave> cut_waves(const Call<P>& call, const std::vector<Work<compute_t<P>>>& works, bool again) {
+  std::vector<Wave> waves{{0, 0}};
+  int64_t bytes = 0;
+  for (const auto& w : works) {
+    int64_t size = 0;
+    for (int k = 0; k < w.view->arrays; ++k) size += w.plan.geometry.numel() * call.element_size(k);
+    if (again && bytes > 0 && bytes + size > kWave) {
+      waves.push_back({waves.back().end, waves.back().end});
+      bytes = 0;
+    }
+    ++waves.back().end;
+    bytes += size;
+  }
+  return waves;
+}
 
 // A tensor without elements has groups all the same, of norm 0.
 template <class P>
@@ -144,8 +178,8 @@ void run_call(Call<P>& call, std::vector<Work<compute_t<P>>>& looks, std::vector
   call.sum = Loops<P>::sum(leaves());
   Phase<P> look(call, looks, &Worker<P>::look_at), rows(call, looks, &Worker<P>::finish_rows),
       settle(call, looks, &Worker<P>::settle);
-  Phase<P> first(call, works, &Worker<P>::first_phase), finish(call, works, &Worker<P>::finish),
-      scale(call, works, &Worker<P>::scale);
+  Phase<P> first(call, works, &Worker<P>::first_phase, !looks.empty()), finish(call, works, &Worker<P>::finish),
+      scale(call, works, &Worker<P>::scale, looks.empty());
   int64_t needed = 0;
   for (size_t i = 0; i < looks.size(); ++i) {
     TensorPlan& p = looks[i].plan;
@@ -182,12 +216,9 @@ void run_call(Call<P>& call, std::vector<Work<compute_t<P>>>& looks, std::vector
   auto workers = pool.take(threads.count);
   for (auto& worker : workers) worker->reserve(call, looks, works);
 
-  look.run(workers, threads);
-  rows.run(workers, threads);
-  settle.run(workers, threads);
-  first.run(workers, threads);
-  finish.run(workers, threads);
-  scale.run(workers, threads);
+  for (const Wave& wave : cut_waves(call, works, look.any() || scale.any())) {
+    for (Phase<P>* phase : {&look, &rows, &settle, &first, &finish, &scale}) phase->run(workers, threads, wave);
+  }
   for (const Work<C>& w : works) {
     if (w.plan.geometry.numel() == 0) conclude_empty(call, *w.view);
   }

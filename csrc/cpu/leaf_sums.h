@@ -5,6 +5,14 @@
 
 #include "leaves.h"
 
+// Of functions whose loops are to be vectorised: all that they call becomes a part of them, which the compiler would
+// stop doing in a file as large as this. Where speed is not asked for, that is only slow to compile.
+#if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__)
+#define FASTWRS_FLATTENED __attribute__((flatten))
+#else
+#define FASTWRS_FLATTENED
+#endif
+
 namespace fastwrs::cpu {
 inline namespace FASTWRS_ISA {
 
@@ -195,10 +203,52 @@ class RowSums {
   int64_t blocks_ = 0;
 };
 
-// Whether a run of a single group's elements may be summed by whole blocks from here on.
-template <class C>
-bool at_a_block(const Accumulator<C>* a) {
-  return a && a->width == Accumulator<C>::kLanes && a->position == 0 && a->turns == 0;
+// Memory so many elements ahead is asked for while a row is summed: what comes next in that row or is the next row. The
+// processor does not look that far by itself while it has this much to compute.
+constexpr int64_t kAhead = Accumulator<float>::kTurns * kLanes;
+// Inlined by force, as whatever calls it: a function that does nothing else is one without an effect to the compiler,
+// which drops the call.
+#define FASTWRS_FETCHES __attribute__((always_inline))
+template <class T>
+FASTWRS_FETCHES inline void fetch(const T* x) {
+  for (int64_t j = 0; j < kLanes; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + j);
+}
+
+// Calls at(i, sums) for n elements, one block at most, which adds to kSets sums: element i goes to lane i % 64 of each.
+// `lanes`: [kSets, kLanes]; they begin here. ask(i) asks for the memory of the 64 elements from i on.
+template <int kSets, class C, class Ask, class At>
+inline void sum_block(int64_t n, C* __restrict lanes, const Ask& ask, const At& at) {
+  using Wide = typename Sixteen<C>::type;  // a loop over elements would become a call
+  for (int64_t j = 0; j < kSets * kLanes / 16; ++j) reinterpret_cast<Wide*>(lanes)[j] = Wide{};
+  const auto add = [&](int64_t i, int64_t lane) {
+    C sums[kSets];
+    for (int k = 0; k < kSets; ++k) sums[k] = lanes[k * kLanes + lane];
+    at(i, sums);
+    for (int k = 0; k < kSets; ++k) lanes[k * kLanes + lane] = sums[k];
+  };
+  const int64_t turns = n / kLanes, whole = turns * kLanes;
+  for (int64_t turn = 0; turn < turns; ++turn) {
+    ask(turn * kLanes + kAhead);
+#pragma GCC ivdep
+    for (int64_t j = 0; j < kLanes; ++j) add(turn * kLanes + j, j);
+  }
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n - whole; ++j) add(whole + j, j);
+}
+
+// The sums over a row of n elements: run(begin, n, lanes) makes those of a block, or of what is left, by sum_block.
+template <class C, int kSets, class Run>
+inline void sum_row(int64_t n, void* const* levels, C* sums, const Run& run) {
+  constexpr int64_t kBlock = Accumulator<C>::kTurns * kLanes;
+  RowSums<C, kSets> row(levels);
+  alignas(64) C lanes[kSets * kLanes];
+  for (int64_t done = 0;; done += kBlock) {
+    const int64_t left = n - done;
+    run(done, left < kBlock ? left : kBlock, lanes);
+    if (left < kBlock) break;
+    row.close_block(lanes);
+  }
+  row.finish(lanes, sums);
 }
 
 }  // namespace FASTWRS_ISA

@@ -23,7 +23,6 @@ struct UpdateArgs {
   void* sums;
   bool measures;
   void* levels[kSums];  // scratch for each sum
-  void* squares;        // of rules that look: an Accumulator that the updated weights are added to, or null
   void* behind;         // other n elements of the compute type, to be multiplied by behind_factor on the way, or null
   double behind_factor;
   const void* scalars;  // Rule::Scalars in the compute type
@@ -40,8 +39,10 @@ struct UpdateArgs {
 // A run in the first pass of a rule that looks at whole tensors.
 struct LookArgs {
   const void* param;
-  // Accumulators of the compute type that the sums are made in, or all null: the values are left in scratch.
-  void* sums[kMostSums];
+  // Where the run is a whole row: its sums, in the compute type, and scratch for each; not where the gradient is
+  // unscaled. Null: the values that they are made of are left in scratch.
+  void* sums;
+  void* levels[kMostSums];
   int64_t n;
   // Where it changes the states (kGate).
   void* grad;  // written only when grad_scale is not 0 and `unscales`
@@ -51,7 +52,7 @@ struct LookArgs {
   const void* scalars;
   double grad_scale;
   bool maximize, unscales;
-  // Where it reads the weights alone (kShift): the channel's origin, the same for all or (compute type) of each.
+  // Where it reads the weights alone (kShift): the channel's origin, of the row, or (compute type) of each element.
   void* distances;  // compute type
   double origin;
   const void* origin_each;

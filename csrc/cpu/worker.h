@@ -58,6 +58,7 @@ class Worker {
     if (p.path == TensorPlan::kOnePass) {
       const int64_t begin = item * p.units_per_item, end = std::min(p.geometry.units, begin + p.units_per_item);
       const int64_t size = p.geometry.unit_size(), cols = p.geometry.cols;
+      if (looks_at_rows(call, w)) return look_at_rows(call, w, begin, end);
       for (int64_t unit = begin; unit < end; unit += p.units_per_tile) {
         const int64_t units = std::min(p.units_per_tile, end - unit);
         start_rows(call, w, unit * cols, units * cols, cols, size);
@@ -193,7 +194,8 @@ class Worker {
     const C length = C(w.plan.geometry.numel() / channels);
     C *slope = rows_of_look(call, w, kSlope), *mean = rows_of_look(call, w, kMean);
     for (int64_t channel = 0; channel < channels; ++channel) {
-      const C sums[] = {slope[channel], mean[channel]}, origin = origin_of_channel(w, channel);
+      const C sums[] = {slope[channel], mean[channel]},
+              origin = origin_of_channel<P>(*w.view, w.plan.geometry, channel);
       shift_of_channel(sums, origin, length, w.look_other, w.look_eps, slope + channel, mean + channel);
     }
   }
@@ -203,23 +205,7 @@ class Worker {
     start_sums(call, w.plan, cols, elements);
     if (call.look.kind != Look::kShift || w.look < 0) return;
     first_row_ = first;
-    for (int64_t i = 0; i < count; ++i) origins_[i] = origin_of_channel(w, first + i);
-  }
-
-  // The same for all parts of a channel: the weights do not change before the second pass.
-  static C origin_of_channel(const Work<C>& w, int64_t channel) {
-    const Geometry& g = w.plan.geometry;
-    const int64_t begin = channel / g.cols * g.unit_size() + channel % g.cols;
-    const int64_t count = std::min<int64_t>(kOriginWeights, g.rows);
-    P weights[kOriginWeights] = {};
-    if (g.strided()) {
-      gather(*w.view, g, 0, sizeof(P), begin, count, reinterpret_cast<char*>(weights));
-    } else {
-      for (int64_t i = 0; i < count; ++i) weights[i] = static_cast<const P*>(w.view->array[0].data)[begin + i * g.cols];
-    }
-    ShiftOrigin<C> origin(C(widen(weights[0])));
-    for (int64_t i = 0; i < count; ++i) origin.add(C(widen(weights[i])));
-    return origin.value();
+    for (int64_t i = 0; i < count; ++i) origins_[i] = origin_of_channel<P>(*w.view, w.plan.geometry, first + i);
   }
 
   void leave_partial_sums(const Call<P>& call, const TensorPlan& p, const Block& b) {
@@ -347,39 +333,18 @@ class Worker {
 
   void look_at_run(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t n) {
     const Geometry& g = w.plan.geometry;
-    LookArgs args{};
-    args.param = at.array[0];
-    args.n = n;
-    // The part of a row is summed where it is made.
-    const bool one_row = w.look >= 0 && g.cols == 1 && n <= group_left_[0];
-    for (int k = 0; one_row && k < call.look.sums; ++k) args.sums[k] = &accumulators_[k];
-    if (call.look.changes_states) {
-      args.grad = at.array[1];
-      for (int k = 2; k < w.view->arrays; ++k) args.state[k - 2] = at.array[k];
-      args.weights = updated_.data();
-      args.slope = grad_.data();
-      args.step = step_.data();
-      args.scalars = w.scalars;
-      args.grad_scale = call.grad_scale;
-      args.maximize = w.maximize;
-      args.unscales = !w.unscales_late;
-    } else {
-      args.distances = updated_.data();
-      if (one_row) {
-        args.origin = origins_[g.channel_of(at.element) - first_row_];
-      } else {
-        args.origin_each = told_[0].data();
-        for_channels(g, at.element, n, [&](int64_t begin, int64_t count, int64_t channel) {
-          std::fill_n(told_[0].data() + begin, count, origins_[channel - first_row_]);
-        });
-      }
+    LookArgs args = arguments_of_look(call, w, at, n);
+    args.weights = args.distances = updated_.data();
+    args.slope = grad_.data();
+    args.step = step_.data();
+    if (!call.look.changes_states) {
+      args.origin_each = told_[0].data();
+      for_channels(g, at.element, n, [&](int64_t begin, int64_t count, int64_t channel) {
+        std::fill_n(told_[0].data() + begin, count, origins_[channel - first_row_]);
+      });
     }
     call.look_at(args);
     if (w.look < 0) return;
-    for (int k = 0; one_row && k < call.look.sums; ++k) {
-      if ((group_left_[k] -= n) == 0) finish_group(call, k);
-    }
-    if (one_row) return;
     if (call.look.changes_states) {
       feed(call, kStepWeight, step_.data(), updated_.data(), n);
       feed(call, kGradWeight, grad_.data(), updated_.data(), n);
@@ -388,6 +353,38 @@ class Worker {
     } else {
       feed(call, kDistance, updated_.data(), nullptr, n);
       feed(call, kSquaredDistance, updated_.data(), n);
+    }
+  }
+
+  static LookArgs arguments_of_look(const Call<P>& call, const Work<C>& w, const Cursor& at, int64_t n) {
+    LookArgs args{};
+    args.param = at.array[0];
+    args.n = n;
+    args.grad = at.array[1];
+    for (int k = 2; k < w.view->arrays; ++k) args.state[k - 2] = at.array[k];
+    args.scalars = w.scalars;
+    args.grad_scale = call.grad_scale;
+    args.maximize = w.maximize;
+    args.unscales = !w.unscales_late;
+    return args;
+  }
+
+  static bool looks_at_rows(const Call<P>& call, const Work<C>& w) {
+    const bool unscales = call.look.changes_states && call.grad_scale != 0;
+    return w.look >= 0 && !unscales && w.plan.geometry.cols == 1 && !w.plan.geometry.strided();
+  }
+
+  // The usual look by itself: every row is summed in the loop that reads it. The same bits as by `look_at_run`.
+  void look_at_rows(const Call<P>& call, const Work<C>& w, int64_t begin, int64_t end) {
+    const int64_t size = w.plan.geometry.unit_size();
+    C sums[kMostSums];
+    for (int64_t row = begin; row < end; ++row) {
+      LookArgs args = arguments_of_look(call, w, cursor(call, w, row * size), size);
+      args.sums = sums;
+      for (int k = 0; k < call.look.sums; ++k) args.levels[k] = levels_[k];
+      if (call.look.kind == Look::kShift) args.origin = origin_of_channel<P>(*w.view, w.plan.geometry, row);
+      call.look_at(args);
+      for (int k = 0; k < call.look.sums; ++k) rows_of_look(call, w, k)[row] = sums[k];
     }
   }
 
@@ -474,45 +471,56 @@ class Worker {
   static bool takes_rows(const Call<P>& call, const Work<C>& w) {
     const Geometry& g = w.plan.geometry;
     if (!call.update || !w.plan.takes_rows() || call.grad_scale != 0) return false;
-    return !call.look_at ||
-           (kInPlace && w.plan.units_per_tile == 1 && !w.plan.wants[kUpdate] && g.channel_inner % g.unit_size() == 0);
+    return !call.look_at || g.channel_inner % g.unit_size() == 0;
   }
 
-  // The usual work by itself: rows are updated and summed in one loop, in which the row before is scaled. The same bits
-  // as by `tile`.
+  // The usual work by itself: rows are updated and summed in one loop, in which an earlier row is scaled: the one
+  // before the last, since the factor of the last one takes a root and a division that nothing should wait for. The
+  // same bits as by `tile`.
   void take_rows(const Call<P>& call, const Work<C>& w, int64_t begin, int64_t end) {
     const TensorPlan& p = w.plan;
     const int64_t size = p.geometry.unit_size();
-    if (call.look_at) start_sums(call, p, 1, size);
-    C *behind = nullptr, factor = 1, sums[kSums];
+    const Cursor first = cursor(call, w, begin * size);
+    const bool scales = p.scales(), scales_later = kInPlace && scales;
+    C sums[kSums];
+    UpdateArgs args = arguments(call, w, first, size, kInPlace ? reinterpret_cast<C*>(first.array[0]) : staged_.data());
+    args.sums = sums;
+    args.measures = p.wants[kGrad];
+    for (int k = 0; k < kSums; ++k) args.levels[k] = levels_[k];
+    struct {
+      C *row, factor;
+    } last = {nullptr, 1}, before = {nullptr, 1};
     for (int64_t row = begin; row < end; ++row) {
-      const Cursor at = cursor(call, w, row * size);
-      P* param = reinterpret_cast<P*>(at.array[0]);
-      C* updated = kInPlace ? reinterpret_cast<C*>(param) : staged_.data();
-      UpdateArgs args = arguments(call, w, at, size, updated);
-      args.behind = behind;
-      args.behind_factor = factor;
-      if (call.look_at) {
-        args.squares = &accumulators_[kUpdated];
-        ask(call, w, at.element, args);
-        call.update(args);
-        call.sum.finish(accumulators_[kUpdated], sums_[kUpdated].data());
-      } else {
-        args.sums = sums;
-        args.measures = p.wants[kGrad];
-        for (int k = 0; k < kSums; ++k) args.levels[k] = levels_[k];
-        call.update(args);
-        for (int k = 0; args.measures && k < kSums; ++k) sums_[k][0] = sums[k];
-        if (!args.measures) sums_[kUpdated][0] = sums[0];
+      args.behind = before.row;
+      args.behind_factor = before.factor;
+      if (call.look_at) ask(call, w, row * size, args);
+      call.update(args);
+      for (int k = 0; args.measures && k < kSums; ++k) sums_[k][0] = sums[k];
+      if (!args.measures) sums_[kUpdated][0] = sums[0];
+      before = last;
+      conclude(call, w, row, 1, 0, &last.factor);
+      C* updated = static_cast<C*>(args.updated);
+      if (scales_later) {
+        last.row = updated;
+      } else if (!kInPlace) {
+        P* param = static_cast<P*>(args.param);
+        scales ? call.store.scale(updated, param, size, last.factor) : call.store.narrow(updated, param, size);
       }
-      conclude(call, w, row, 1, 0, &factor);
-      if (kInPlace) {
-        behind = p.scales() ? updated : nullptr;
-      } else {
-        p.scales() ? call.store.scale(updated, param, size, factor) : call.store.narrow(updated, param, size);
-      }
+      step_over(call, w, size, args);
     }
-    if (behind) call.store.scale(behind, reinterpret_cast<P*>(behind), size, factor);
+    for (const auto& left : {before, last}) {
+      if (left.row) call.store.scale(left.row, reinterpret_cast<P*>(left.row), size, left.factor);
+    }
+  }
+  // From a row to the next one.
+  static void step_over(const Call<P>& call, const Work<C>& w, int64_t elements, UpdateArgs& args) {
+    const auto move = [elements](auto& pointer, int64_t size) {
+      pointer = static_cast<char*>(pointer) + elements * size;
+    };
+    move(args.param, sizeof(P));
+    if (kInPlace) move(args.updated, sizeof(C));
+    move(args.grad, size_of(call.dtypes.grad));
+    for (int k = 2; k < w.view->arrays; ++k) move(args.state[k - 2], size_of(call.dtypes.state));
   }
 
   // Whole units that fit the cache together: updated, summed and scaled before the next ones are read.
