@@ -148,17 +148,18 @@ def emulated_environment(source: Path, sanitizer: str) -> dict[str, str]:
     return {"PYTHONPATH": str(source / "build" / "lib"), **(sanitizer_environment(sanitizer) if sanitizer else {})}
 
 
-def emulated_variant(sanitizer: str) -> int:
-    environment = emulated_environment(build_emulated(sanitizer).parent, sanitizer)
-    if sanitizer != "thread":
-        return pytest_("emulated", **environment)
-    codes = [call(sys.executable, "tests/emulated.py", threads, **environment) for threads in ("64", "256")]
-    return int(any(codes))
-
-
 def emulated() -> int:
-    """The CUDA kernels in the emulator: plain, under AddressSanitizer, and under ThreadSanitizer in two block sizes."""
-    return side_by_side(*(partial(emulated_variant, sanitizer) for sanitizer in ("address", "thread", "")))
+    """The CUDA kernels in the emulator: all tests under AddressSanitizer, all kernels under ThreadSanitizer."""
+
+    def ready(sanitizer: str) -> int:
+        return int(not build_emulated(sanitizer).exists())
+
+    if failed := side_by_side(partial(ready, "address"), partial(ready, "thread")):
+        return failed
+    cases = pytest_on_two_cores("emulated", **emulated_environment(EMULATED / "address", "address"))
+    environment = emulated_environment(EMULATED / "thread", "thread")
+    sizes = ("64", "256")  # threads of a block
+    return side_by_side(*(partial(call, sys.executable, "tests/emulated.py", n, **environment) for n in sizes)) or cases
 
 
 def interpreted() -> int:

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -326,7 +327,19 @@ class Tools:
 
 
 def output(*command: str | Path, given: str | None = None) -> str:
-    done = subprocess.run([str(word) for word in command], input=given, capture_output=True, text=True, check=False)
+    words = [str(word) for word in command]
+    for wait in (1, 10, None):
+        try:
+            done = subprocess.run(words, input=given, capture_output=True, text=True, check=False)
+            break
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            # Hundreds of processes are started from several threads; once one of them could not be, for that moment.
+            print(f"could not start {words[0]}: {error!r}", file=sys.stderr, flush=True)
+            if wait is None:
+                raise
+            time.sleep(wait)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
     return done.stdout

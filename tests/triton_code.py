@@ -104,10 +104,10 @@ def every_kernel() -> list[Kernel]:
     return list(kernels.values())
 
 
-def usual_kernels(target: str) -> list[Kernel]:
-    """For CI: of the rules that look first those of two triples of dtypes, on AMD's GPUs of the others three."""
+def usual_kernels() -> list[Kernel]:
+    """For CI: of the rules that look first those of two triples of dtypes, of the others three."""
     looking = [("float32", "float32", "float32"), ("bfloat16", "bfloat16", "float32")]
-    others = [*looking, ("float64",) * 3] if target.startswith("gfx") else DTYPE_TRIPLES
+    others = [*looking, ("float64",) * 3]
     return [kernel for kernel in every_kernel() if kernel.dtypes in (looking if kernel.looks else others)]
 
 
