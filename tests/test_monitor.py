@@ -68,7 +68,10 @@ def set_gradients(groups: list[dict[str, Any]], step: int, scale: float = 1.0) -
 
 
 def make(name: str, groups: list[dict[str, Any]], **options: Any) -> Any:
-    defaults = {"AdamW": {"lr": 0.02, "weight_decay": 0.1}, "SGD": {"lr": 0.05, "momentum": 0.8}}
+    defaults: dict[str, dict[str, Any]] = {
+        "AdamW": {"lr": 0.02, "weight_decay": 0.1},
+        "SGD": {"lr": 0.05, "momentum": 0.8},
+    }
     defaults |= {"AdamP": {**defaults["AdamW"], "delta": 5.0}, "SGDP": {**defaults["SGD"], "delta": 5.0}}
     defaults["SGD shifted"] = {**defaults["SGD"], "shifted_l2": (0.2, 0.3)}
     kind = getattr(fastwrs, name.split()[0])

@@ -84,7 +84,7 @@ def test_the_oracle_is_torchs_sgd_with_the_term_in_its_gradient(
     shape: tuple[int, ...], momentum: float, dampening: float, nesterov: int, decay: float, maximize: int
 ) -> None:
     theirs = nn.Parameter(randn(*shape))
-    options = {"momentum": momentum, "dampening": dampening, "weight_decay": decay}
+    options: dict[str, Any] = {"momentum": momentum, "dampening": dampening, "weight_decay": decay}
     optimizer = torch.optim.SGD([theirs], lr=0.1, nesterov=bool(nesterov), maximize=bool(maximize), **options)
     w, states = theirs.detach().clone(), {"momentum_buffer": torch.zeros(shape).double()} if momentum else {}
     for t in range(1, 6):
@@ -184,8 +184,8 @@ def left_of(channel: Tensor, lam: float, eps: float) -> list[float]:
     with localcontext() as context:
         context.prec = 60
         x = [Decimal(v) for v in channel.double().tolist()]
-        mu = sum(x) / len(x)
-        s = (sum((v - mu) ** 2 for v in x) / (len(x) - 1)).sqrt()
+        mu = sum(x, Decimal()) / len(x)
+        s = (sum(((v - mu) ** 2 for v in x), Decimal()) / (len(x) - 1)).sqrt()
         return [float(v - Decimal(lam) * ((1 - Decimal(eps) / s) * (v - mu) + mu)) for v in x]
 
 
@@ -330,7 +330,7 @@ def test_a_list_or_tensors_that_change_are_read_in_each_step() -> None:
 @on_backends
 def test_without_it_nothing_changes() -> None:
     ours, zero, theirs = weights(torch.float32), weights(torch.float32), weights(torch.float32)
-    options = {"lr": 0.1, "momentum": 0.9}
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
     mine = run(fastwrs.SGD(ours, **options), ours, range(5))
     assert_close_to_torch(mine, run(torch.optim.SGD(theirs, **options), theirs, range(5)))
     with_zero = run(fastwrs.SGD(zero, shifted_l2=(0.0, EPS), **options), zero, range(5))

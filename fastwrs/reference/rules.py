@@ -93,8 +93,7 @@ def sgd_shifted(w: Tensor, g: Tensor, states: States, h: Hypers, *, first: bool,
     shifted = shifted_l2(w, h)
     if shifted is None:
         return sgd(w, g, states, h, first=first)
-    u, decay, new, *_ = sgd(w, g + shifted[0], states, h, first=first)
-    return Update(u, decay, new, added=shifted[1])
+    return sgd(w, g + shifted[0], states, h, first=first)._replace(added=shifted[1])
 
 
 def adam(w: Tensor, g: Tensor, states: States, h: Hypers, *, t: int, lr: float, **_: bool) -> Update:
