@@ -161,6 +161,8 @@ def input_projection(
         raise TypeError(f"input_projection: model must be an nn.Module, got {type(model).__name__}")
     if forward is not None and not callable(forward):
         raise TypeError(f"input_projection: forward must be callable, got {forward!r}")
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"input_projection: loader must be an iterable of batches, got {loader!r}")
     tolerance = None if rtol is None else checked_real(rtol, "input_projection: rtol")
     if tolerance is not None and tolerance < 0:
         raise ValueError(f"input_projection: rtol must be >= 0, got {rtol!r}")
@@ -204,12 +206,26 @@ class _Covariance:
     def see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward hook."""
         inputs = (args[0] if args else kwargs["input"]).detach()
+        self._check(inputs, output)
         if isinstance(layer, nn.Conv2d):
             chunks = _patches(layer, inputs, output, self.name)
         else:
             chunks = iter(inputs.reshape(1, -1, self.inputs).split(max(1, _CHUNK // self.inputs), dim=1))
         for chunk in chunks:
             self._add(chunk)
+
+    def _check(self, inputs: Tensor, output: Any) -> None:
+        """A subclass with a forward of its own may use other weights than it has."""
+        plain: Any = nn.Conv2d if isinstance(self.layer, nn.Conv2d) else nn.Linear
+        if self.count or type(self.layer).forward is plain.forward:
+            return
+        expected = plain.forward(self.layer, inputs)
+        same = isinstance(output, Tensor) and output.shape == expected.shape
+        if not same or not torch.allclose(output, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().mean())):
+            raise ValueError(
+                f"input_projection: layer {self.name!r} ({type(self.layer).__name__}) does not compute what "
+                f"{plain.__name__} computes with its weight"
+            )
 
     def _add(self, rows: Tensor) -> None:
         """Adds inputs, [groups, number, inputs]."""
@@ -293,7 +309,8 @@ def _chosen(model: nn.Module, layers: Sequence[str] | None) -> dict[str, Layer]:
         if not found:
             raise ValueError("input_projection: the model has no Linear and no Conv2d")
     else:
-        if isinstance(layers, str) or not all(isinstance(name, str) for name in layers):
+        layers = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers
+        if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
             raise TypeError(f"input_projection: layers must be a sequence of module names, got {layers!r}")
         modules = dict(model.named_modules(remove_duplicate=False))
         if unknown := [name for name in layers if name not in modules]:
@@ -306,6 +323,11 @@ def _chosen(model: nn.Module, layers: Sequence[str] | None) -> dict[str, Layer]:
             raise ValueError(f"input_projection: {name!r} is a {type(layer).__name__}, not a Linear or Conv2d")
         if is_lazy(layer.weight):
             raise ValueError(f"input_projection: {name!r} is not initialized yet: run the model on a batch first")
+        if layer.weight.numel() == 0:
+            raise ValueError(
+                f"input_projection: {name!r} (weight of shape {tuple(layer.weight.shape)}) has no weights; name the "
+                "others in layers"
+            )
         if layer.weight.is_complex():
             raise ValueError(f"input_projection: {name!r} is complex; name the others in layers")
     return found

@@ -64,6 +64,8 @@ def weight_standardization(
     weight, dims = _checked_weight(module, name, where)
     if math.prod(weight.shape[dim] for dim in dims) < 2:
         raise ValueError(f"{where}: {name!r} (shape {tuple(weight.shape)}) has one element per channel: no deviation")
+    if number > torch.finfo(_wide_dtype(weight)).max:
+        raise ValueError(f"{where}: eps must be finite in {_wide_dtype(weight)}, got {eps!r}")
     parametrize.register_parametrization(module, name, _Standardized(dims, form, number))
     return module
 
@@ -78,10 +80,12 @@ def bounded_weight_norm(module: Module, name: str = "weight", form: str = "fixed
 
     ``"learned"`` is weight normalization with a trained g, one number per channel that starts as the channel's norm,
     of which only the direction counts: the norm of the vector of all channels' norms, which is the Frobenius norm of
-    the weight, stays rho. rho is a buffer, and so part of the state dict. A channel of zeros stays zero until a
-    gradient moves it. Computed in the weight's dtype, in fp32 for bf16 and fp16. The output channel is dimension 0, for
-    ``ConvTranspose*d`` dimension 1. The trained tensors are called as those of torch's ``weight_norm``. Make the
-    optimizer afterwards. Another layer that shares the weight has v.
+    the weight, stays rho. rho is a buffer, and so part of the state dict, and rounded where the module is cast to a
+    shorter type. A channel of zeros stays zero until a gradient moves it; with ``"learned"`` none does, since g and v
+    are both zero. Computed in the weight's dtype, in fp32 for bf16 and fp16, where channels are normalised whose norms
+    lie between 1e-19 and 1e19. The output channel is dimension 0, for ``ConvTranspose*d`` dimension 1. The trained
+    tensors are called as those of torch's ``weight_norm``. Make the optimizer afterwards. Another layer that shares the
+    weight has v.
 
     Args:
         module: a layer; it is changed in place.
@@ -117,6 +121,8 @@ def bounded_weight_norm(module: Module, name: str = "weight", form: str = "fixed
                 "is no bound: give rho, or initialise the weight first"
             )
     bound = torch.tensor(number, dtype=_wide_dtype(weight), device=weight.device)
+    if not 0 < float(bound) < float("inf"):
+        raise ValueError(f"{where}: rho must be > 0 and finite in {bound.dtype}, got {number!r}")
     kind = _Bounded if form == "fixed" else _LearnedBounded
     parametrize.register_parametrization(module, name, kind(dims, bound))
     return module
@@ -131,6 +137,9 @@ class _Standardized(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         wide = v.to(_wide_dtype(v))
+        # From the first weight of each channel: differences of close numbers are exact, those of equal ones 0.
+        first = [slice(0, 1) if dim in self.dims else slice(None) for dim in range(wide.ndim)]
+        wide = wide - wide[tuple(first)].detach()
         centred = wide - wide.mean(self.dims, keepdim=True)
         if self.form == "official":
             scale = wide.std(self.dims, correction=1, keepdim=True) + self.eps

@@ -99,6 +99,8 @@ class WeightDecayWindow:
         Raises:
             ValueError, TypeError: the dict does not fit. The message says where; nothing has changed.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"WeightDecayWindow: a state dict must be a mapping, got {state_dict!r}")
         lacking = [key for key in ("start", "stop", "steps") if key not in state_dict]
         if lacking:
             raise ValueError(f"WeightDecayWindow: the state dict lacks {', '.join(map(repr, lacking))}")

@@ -436,10 +436,30 @@ class Standardized(nn.Conv2d):
         return F.conv2d(F.pad(input, (1, 1, 1, 1)), self.weight, self.bias)
 
 
+EMPTY = nn.Linear(4, 1)
+EMPTY.weight = nn.Parameter(torch.empty(0, 4))
+
+
+class Normalized(nn.Linear):
+    """Uses other weights than it has."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return F.linear(input, F.normalize(self.weight), self.bias)
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("model", "options", "kind", "message"),
     [
+        (Normalized(6, 2), {}, ValueError, r"'' \(Normalized\) does not compute what Linear computes with its weight"),
+        (nn.Linear(6, 2), {"loader": 5}, TypeError, "loader must be an iterable of batches, got 5"),
+        (nn.Linear(6, 2), {"layers": 5}, TypeError, "layers must be a sequence of module names, got 5"),
+        (
+            EMPTY,
+            {"loader": [torch.zeros(2, 4)]},
+            ValueError,
+            r"'' \(weight of shape \(0, 4\)\) has no weights",
+        ),
         (None, {}, TypeError, "model must be an nn.Module, got NoneType"),
         (nn.ReLU(), {}, ValueError, "no Linear and no Conv2d"),
         (nn.Linear(6, 2), {"layers": ""}, TypeError, "layers must be a sequence of module names, got ''"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -184,6 +185,24 @@ def test_zero_channels_stay_zero_and_give_no_nan(wrap: str, layer: str) -> None:
         assert tensor.grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize("value", [12345.6, 1000.1, 3.3, 0.1])
+def test_a_channel_of_equal_weights_becomes_zero(value: float) -> None:
+    """Whatever the mean of so many equal numbers is rounded to."""
+    for form, count in itertools.product(("official", "timm"), (27, 576, 1000)):
+        layer = nn.Linear(count, 2)
+        nn.init.constant_(layer.weight, value)
+        assert bool((standardize(layer, form=form).weight == 0).all())
+
+
+def test_a_large_mean_costs_no_digits() -> None:
+    layer = nn.Linear(100, 3)
+    with torch.no_grad():
+        layer.weight.copy_(1e4 + 1e-1 * torch.randn(3, 100))
+    v = layer.weight.detach().double()
+    expected = (v - v.mean(1, keepdim=True)) / (v.std(1, keepdim=True) + 1e-5)
+    torch.testing.assert_close(standardize(layer).weight.detach().double(), expected, rtol=2e-6, atol=1e-6)
+
+
 def test_a_channel_that_is_not_finite_leaves_the_others_alone() -> None:
     for wrap in ("official", "timm", "fixed"):
         layer = WRAPS[wrap](made("linear"))
@@ -300,6 +319,9 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "eps must be finite, got nan",
     ),
     "rho": (lambda: bound(nn.Linear(3, 2), rho=0), ValueError, "rho must be > 0, got 0"),
+    "rho too large": (lambda: bound(nn.Linear(3, 2), rho=1e300), ValueError, "finite in torch.float32, got 1e"),
+    "rho too small": (lambda: bound(nn.Linear(3, 2), rho=1e-60), ValueError, "rho must be > 0 and finite"),
+    "eps too large": (lambda: standardize(nn.Linear(3, 2), eps=1e300), ValueError, "finite in torch.float32, got 1e"),
     "rho of a string": (
         lambda: bound(nn.Linear(3, 2), rho="1"),
         TypeError,

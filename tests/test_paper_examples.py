@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -129,7 +130,7 @@ def test_cifar_files(tmp_path: Path):
         ("cifar100", True, 20, 21, 100),
     ):
         make_cifar(tmp_path, fine)
-        found = data.load(name, tmp_path, None, 0.0)
+        found = data.load(name, tmp_path, None)
         assert len(found.train.y) + len(found.val.y) == train
         assert len(found.val.y) == train // 4
         assert found.test.x.shape == (test, 3, 32, 32) and found.test.x.dtype == torch.uint8
@@ -142,7 +143,7 @@ def test_cifar_files(tmp_path: Path):
     (tmp_path / data.CIFAR100[0]).write_bytes(pickle.dumps({b"data": Path}))
     data.load.cache_clear()
     with pytest.raises(pickle.UnpicklingError, match="no place"):
-        data.load("cifar100", tmp_path, None, 0.0)
+        data.load("cifar100", tmp_path, None)
 
 
 def test_tiny_imagenet_files(tmp_path: Path):
@@ -159,7 +160,7 @@ def test_tiny_imagenet_files(tmp_path: Path):
             )
     image.new("L", (64, 64), 99).save(folder / "val" / "images" / "val_0.JPEG")
     (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn1\t0\t0\t63\t63\n", encoding="utf-8")
-    found = data.load("tiny-imagenet", tmp_path, None, 0.0)
+    found = data.load("tiny-imagenet", tmp_path, None)
     assert found.train.x.shape == (6, 3, 64, 64) and len(found.val.y) == 2
     assert found.test.y.tolist() == [1]
     assert found.test.x.float().mean() == pytest.approx(99, abs=2)
@@ -170,14 +171,18 @@ def test_tiny_imagenet_files(tmp_path: Path):
 
 def test_digits():
     data = module("common.data")
-    found = data.load("digits", None, 500, 0.2)
+    clean = data.load("digits", None, 500)
+    found = clean.noisy(0.2)
     assert found.train.x.shape == (500, 1, 32, 32) and found.test.x.shape == (1000, 1, 32, 32)
     assert float(found.train.x.min()) >= 0 and float(found.train.x.max()) <= 1
-    clean = data.load("digits", None, 500, 0.0)
     assert torch.equal(clean.train.x, found.train.x) and torch.equal(clean.val.y, found.val.y)
     assert 0.12 < (clean.train.y != found.train.y).float().mean() < 0.24  # a tenth of those drawn anew stay right
     half = clean.of_classes(5, 10)
     assert half.classes == 5 and half.train.y.unique().tolist() == [0, 1, 2, 3, 4]
+    # labels are drawn anew among the classes that are there: no image comes from the other half
+    noisy = half.noisy(0.5)
+    assert torch.equal(noisy.train.x, half.train.x) and noisy.train.y.unique().tolist() == [0, 1, 2, 3, 4]
+    assert 0.3 < (noisy.train.y != half.train.y).float().mean() < 0.5
 
 
 def test_augmentation():
@@ -347,6 +352,77 @@ def test_make_figures_runs_every_script():
     makefile = (FOLDER.parents[1] / "Makefile").read_text(encoding="utf-8")
     (line,) = [line for line in makefile.splitlines() if line.startswith("FIGURES :=")]
     assert tuple(line.split()[2:]) == SCRIPTS
+
+
+ORPHANS = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from common.runs import _start
+def work(_):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    pool = ProcessPoolExecutor(2, context, initializer=_start, initargs=(context.SimpleQueue(),))
+    list(pool.map(work, range(2)))
+"""
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
+def test_workers_end_with_a_script_that_is_killed(tmp_path: Path):
+    """They would train on, beside the script that is started next."""
+    script = tmp_path / "orphans.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n{ORPHANS}", encoding="utf-8")
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        workers = [int(process.stdout.readline()) for _ in range(2)]
+        assert all(map(alive, workers))
+        process.kill()
+        end = time.monotonic() + 20
+        while any(map(alive, workers)) and time.monotonic() < end:
+            time.sleep(0.1)
+    assert not any(map(alive, workers))
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path):
+    """The other one waits, and then finds it finished."""
+    train, settings = module("common.train"), variants()[0]
+    images = module("common.runs").data_of(settings, None)
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda run: run.train(), [train.Run(settings, images, tmp_path) for _ in range(2)]))
+    assert both[0] == both[1]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path):
+    train, settings = module("common.train"), variants()[0]
+    run = train.Run(settings, module("common.runs").data_of(settings, None), tmp_path)
+    run.folder.mkdir(parents=True)
+    for content in (b"", b"garbage", b"PK\x03\x04 cut off"):
+        (run.folder / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged: remove .* and start again"):
+            run.train()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "nope"], "--backend nope: there is no such backend; there are auto, "),
+        (["--device", "nope"], "--device nope: "),
+        (["--jobs", "-1"], "--jobs must be > 0 and finite, got -1"),
+        (["--train-images", "0"], "--train-images must be > 0 and finite, got 0"),
+        (["--width", "nan"], "--width must be > 0 and finite, got nan"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: list[str], message: str, tmp_path: Path, capsys: Any):
+    with pytest.raises(SystemExit):
+        module("common.setup").parse("", [*arguments, "--out", str(tmp_path / "out")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_script_that_was_killed_writes_the_same_csv(tmp_path: Path):

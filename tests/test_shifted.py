@@ -328,6 +328,15 @@ def test_a_list_or_tensors_that_change_are_read_in_each_step() -> None:
 
 
 @on_backends
+def test_weights_whose_squares_are_too_small_for_the_type() -> None:
+    """Their deviation counts as 0, as that of equal weights: nothing becomes infinite."""
+    params = [nn.Parameter(1e-25 * randn(2, 64).float())]
+    params[0].grad = torch.zeros_like(params[0])
+    fastwrs.SGD(params, lr=0.1, shifted_l2=(LAM, EPS)).step()
+    assert bool((params[0].abs() < 1e-24).all())
+
+
+@on_backends
 def test_without_it_nothing_changes() -> None:
     ours, zero, theirs = weights(torch.float32), weights(torch.float32), weights(torch.float32)
     options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}

@@ -75,7 +75,8 @@ def shifted_l2(w: Tensor, h: Hypers) -> tuple[Tensor, Tensor] | None:
     mu = w.mean(dim=rest, keepdim=True)
     # torch.std goes through the weights one by one, and loses digits by it
     s = ((w - mu).square().sum(dim=rest, keepdim=True) / (w[0].numel() - 1)).sqrt()
-    equal = w.amax(dim=rest, keepdim=True) == w.amin(dim=rest, keepdim=True)
+    # s is 0 too where squares are too small for the type
+    equal = (w.amax(dim=rest, keepdim=True) == w.amin(dim=rest, keepdim=True)) | (s == 0)
     factor = torch.where(equal, 0, 1 - h["shifted_l2_eps"] / s)
     largest = torch.where(equal, 0, (h["shifted_l2_eps"] / s).clamp(min=1))
     return lam * (factor * (w - mu) + mu), lam * torch.maximum((largest * (w - mu)).abs(), mu.abs())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,15 @@ class Data:
         parts = [part.of_classes(low, high) for part in (self.train, self.val, self.test)]
         return Data(*parts, classes=high - low, colour=self.colour)
 
+    def noisy(self, fraction: float) -> Data:
+        """With this fraction of the training labels drawn anew, evenly over the classes that are there."""
+        if not fraction:
+            return self
+        generator, y = torch.Generator().manual_seed(1), self.train.y
+        wrong = torch.rand(len(y), generator=generator) < fraction
+        labels = torch.where(wrong, torch.randint(self.classes, y.shape, generator=generator), y)
+        return replace(self, train=Part(self.train.x, labels))
+
     def to(self, device: torch.device) -> Data:
         """On a device."""
         parts = [part.to(device) for part in (self.train, self.val, self.test)]
@@ -85,16 +94,13 @@ def why_missing(name: str, root: Path | None) -> str | None:
 
 
 @cache
-def load(
-    name: str, root: Path | None, train_images: int | None, label_noise: float, test_images: int | None = None
-) -> Data:
+def load(name: str, root: Path | None, train_images: int | None, test_images: int | None = None) -> Data:
     """Reads a data set.
 
     Args:
         name: one of NAMES.
         root: the folder with the files; None for digits.
         train_images: so many of the training images, None for all.
-        label_noise: this fraction of the training labels is drawn anew, evenly over all classes (the right one too).
         test_images: so many of the validation and of the test images, None for all.
 
     Raises:
@@ -113,10 +119,6 @@ def load(
     val, rest = order[:held], order[held:][:train_images]
     val, train = (Part(train.x[some], train.y[some]) for some in (val[:test_images], rest))
     test = Part(test.x[:test_images], test.y[:test_images])
-    if label_noise:
-        generator = torch.Generator().manual_seed(1)
-        wrong = torch.rand(len(train.y), generator=generator) < label_noise
-        train.y = torch.where(wrong, torch.randint(classes, train.y.shape, generator=generator), train.y)
     return Data(train, val, test, classes, colour=name != "digits")
 
 

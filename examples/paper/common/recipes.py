@@ -162,7 +162,7 @@ def tiny(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         epochs=dict.fromkeys(recipe.epochs, 2),
-        train_images=50,
+        train_images=60,
         test_images=50,
         width=dict.fromkeys(recipe.width, 1 / 128),
         seeds=dict.fromkeys(recipe.seeds, 1),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -86,13 +88,21 @@ def train_one(settings: Settings, folder: Path, root: Path | None, progress: Cal
 
 def data_of(settings: Settings, root: Path | None) -> data_sets.Data:
     """The data of a run, all classes."""
-    parts = settings.train_images, settings.label_noise, settings.test_images
-    return data_sets.load(settings.data, root, *parts)
+    return data_sets.load(settings.data, root, settings.train_images, settings.test_images)
 
 
 def _start(queue: Any) -> None:
     global _QUEUE
     _QUEUE = queue
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed takes no leave: its workers would train on, beside the script that is started next."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _in_process(settings: Settings, folder: Path, root: Path | None) -> None:

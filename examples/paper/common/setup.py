@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import fastwrs
 
 from . import data as data_sets
 from . import recipes
@@ -62,10 +65,12 @@ class Setup:
     def write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes a CSV file, with the keys of the first row as header."""
         path = self.out / name
-        with path.open("w", newline="", encoding="utf-8") as file:
+        part = path.with_name(path.name + ".part")  # takes its place at once, when it is complete
+        with part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows({key: _plain(value) for key, value in row.items()} for row in rows)
+        os.replace(part, path)
         print(f"wrote {path}")
 
 
@@ -87,10 +92,12 @@ def parse(description: str | None, arguments: list[str] | None = None) -> Setup:
     if why := data_sets.why_missing(options.data, options.root):
         parser.exit(1, f"{why}\n")
     recipe = recipes.tiny(recipes.of(options.data)) if options.tiny else recipes.of(options.data)
+    for name in ("seeds", "epochs", "width", "train_images", "jobs"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be > 0 and finite, got {value}")
     for name in ("seeds", "epochs", "width"):
         if (value := getattr(options, name)) is not None:
-            if value <= 0:
-                parser.error(f"--{name} must be > 0, got {value}")
             recipe = replace(recipe, **{name: dict.fromkeys(getattr(recipe, name), value)})
     if options.epochs is not None:
         recipe = replace(recipe, perceptron_epochs=options.epochs)
@@ -98,6 +105,12 @@ def parse(description: str | None, arguments: list[str] | None = None) -> Setup:
         recipe = replace(recipe, train_images=options.train_images)
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     device = gpu if options.device == "auto" else options.device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {device}: {error}")
+    if options.backend != "auto" and (why := fastwrs.backends().get(options.backend, "there is no such backend")):
+        parser.error(f"--backend {options.backend}: {why}; there are auto, {', '.join(fastwrs.backends())}")
     out = options.out / options.data
     out.mkdir(parents=True, exist_ok=True)
     jobs = options.jobs or (len(os.sched_getaffinity(0)) if device == "cpu" else 1)

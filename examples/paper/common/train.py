@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,11 +147,10 @@ class Run:
         low, high = settings.classes or (0, data.classes)
         device = torch.device(settings.device)
         self.settings, self.folder = settings, folder / settings.name
-        self.data = data.of_classes(low, high).to(device)
+        self.data = data.of_classes(low, high).noisy(settings.label_noise).to(device)
         self.model = make_model(settings, self.data)
         if settings.start_from is not None:
-            trained = torch.load(weights_file(folder / settings.start_from), weights_only=True, map_location=device)
-            _load_backbone(self.model, trained)
+            _load_backbone(self.model, load_file(weights_file(folder / settings.start_from), settings.device))
         self.steps = steps_in(self.data.train, settings)
         self.optimizer = make_optimizer(self.model, settings, self.steps)
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, list(settings.milestones), gamma=0.1)
@@ -177,9 +178,15 @@ class Run:
             ``measured``, one for each step that was measured.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder.with_name(f"{self.folder.name}.lock")):
+            finished = self.folder / "result.json"
+            # another script may have trained it meanwhile
+            return json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else self._train(progress)
+
+    def _train(self, progress: Callable[[], None]) -> Record:
         checkpoint = self.folder / "checkpoint.pt"
         if checkpoint.exists():
-            self._resume(torch.load(checkpoint, weights_only=True, map_location=self.settings.device))
+            self._resume(load_file(checkpoint, self.settings.device))
         elif self.epoch == 0:
             self._note(None)
         while self.epoch < self.settings.epochs:
@@ -258,6 +265,22 @@ class Run:
             self.monitor.load_state_dict(state["monitor"])
         self.generator.set_state(state["generator"].cpu())
         self.epoch, self.epochs, self.measured = state["epoch"], state["epochs"], state["measured"]
+
+
+def load_file(path: Path, device: str) -> Record:
+    """What ``torch.save`` has written."""
+    try:
+        return torch.load(path, weights_only=True, map_location=device)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged: remove {path.parent} and start again") from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time: of two scripts with a run in common one waits."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def weights_file(folder: Path, epoch: int | None = None) -> Path:
