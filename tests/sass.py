@@ -328,17 +328,15 @@ class Tools:
 
 def output(*command: str | Path, given: str | None = None) -> str:
     words = [str(word) for word in command]
-    for wait in (1, 10, None):
+    for wait in (1, 10, 0):
         try:
             done = subprocess.run(words, input=given, capture_output=True, text=True, check=False)
             break
-        except FileNotFoundError:
-            raise
         except OSError as error:
+            if isinstance(error, FileNotFoundError) or not wait:
+                raise
             # Hundreds of processes are started from several threads; once one of them could not be, for that moment.
             print(f"could not start {words[0]}: {error!r}", file=sys.stderr, flush=True)
-            if wait is None:
-                raise
             time.sleep(wait)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
