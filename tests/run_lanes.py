@@ -178,7 +178,7 @@ LANES = (
     Lane("cpu", 180, lambda: pytest_on_two_cores("cpu and not negative_control")),
     Lane("house", 150, lambda: pytest_on_two_cores(f"not ({OTHERS})")),
     Lane("sanitizers", 300, sanitizers),
-    Lane("negative control", 300, lambda: pytest_("negative_control")),
+    Lane("negative control", 420, lambda: pytest_("negative_control")),
     Lane("emulated", 540, emulated),
     Lane("emulated control", 400, lambda: pytest_("emulated_control")),
     Lane("compiled", 360, lambda: pytest_("compiled")),
