@@ -180,9 +180,9 @@ LANES = (
     Lane("sanitizers", 300, sanitizers),
     Lane("negative control", 420, lambda: pytest_("negative_control")),
     Lane("emulated", 540, emulated),
-    Lane("emulated control", 400, lambda: pytest_("emulated_control")),
+    Lane("emulated control", 600, lambda: pytest_("emulated_control")),
     Lane("compiled", 360, lambda: pytest_("compiled")),
-    Lane("interpreted", 420, interpreted),
+    Lane("interpreted", 600, interpreted),
     Lane("triton_compiled", 600, lambda: pytest_("triton_compiled")),
 )
 
