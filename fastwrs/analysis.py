@@ -208,7 +208,7 @@ class _Covariance:
         inputs = (args[0] if args else kwargs["input"]).detach()
         self._check(inputs, output)
         if isinstance(layer, nn.Conv2d):
-            chunks = _patches(layer, inputs, output, self.name)
+            chunks = _patches(layer, inputs)
         else:
             chunks = iter(inputs.reshape(1, -1, self.inputs).split(max(1, _CHUNK // self.inputs), dim=1))
         for chunk in chunks:
@@ -220,6 +220,7 @@ class _Covariance:
         if self.count or type(self.layer).forward is plain.forward:
             return
         expected = plain.forward(self.layer, inputs)
+        # near enough for a short type, far from other weights
         same = isinstance(output, Tensor) and output.shape == expected.shape
         if not same or not torch.allclose(output, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().mean())):
             raise ValueError(
@@ -264,7 +265,7 @@ class _Covariance:
         return projection[:, (values > max(bound, 0.0)).any(0)]
 
 
-def _patches(layer: nn.Conv2d, inputs: Tensor, output: Any, name: str) -> Iterator[Tensor]:
+def _patches(layer: nn.Conv2d, inputs: Tensor) -> Iterator[Tensor]:
     """What the kernel meets: [groups, number, inputs of a group] in some chunks, C_in slow and positions fast."""
     padded = F.pad(inputs if inputs.ndim == 4 else inputs[None], _padding(layer), _MODES[layer.padding_mode])
     places = padded  # a view: [batch, channels, height, width, kernel height, kernel width]
@@ -272,11 +273,6 @@ def _patches(layer: nn.Conv2d, inputs: Tensor, output: Any, name: str) -> Iterat
         reach = layer.dilation[dim] * (layer.kernel_size[dim] - 1) + 1
         places = places.unfold(2 + dim, reach, layer.stride[dim])
     places = places[..., :: layer.dilation[0], :: layer.dilation[1]]
-    if not isinstance(output, Tensor) or output.shape[-2:] != places.shape[2:4]:
-        raise ValueError(
-            f"input_projection: layer {name!r} ({type(layer).__name__}) does not compute what Conv2d computes: its "
-            f"kernel has {places.shape[2]} x {places.shape[3]} places"
-        )
     channels, height = places.shape[1:3]
     row = max(1, math.prod(places.shape[1:]) // max(1, height))
     for part in places.split(max(1, _CHUNK // max(1, row * height))):

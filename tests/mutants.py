@@ -79,8 +79,8 @@ def _worker(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "csrc/cpu/worker.h", old, new)
 
 
-def _gather(name: str, old: str, new: str) -> Mutant:
-    return Mutant(name, "csrc/cpu/gather.h", old, new)
+def _origin(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, "csrc/cpu/origin.h", old, new)
 
 
 def _updates(name: str, old: str, new: str) -> Mutant:
@@ -136,7 +136,7 @@ MUTANTS = (
     _shift("sums that cancel", "return first + quotient(sum, count);", "return first * 0;"),
     _shift("squares about the origin", "- average * sums[kDistance]", ""),
     _shift("a mean without its origin", "*mean = origin + average", "*mean = average"),
-    _gather("the origin of another channel", "channel % g.cols;\n  const int64_t count", "0;\n  const int64_t count"),
+    _origin("the origin of another channel", "channel % g.cols;\n  const int64_t count", "0;\n  const int64_t count"),
     _worker(
         "what the neighbour is told",
         "of_channel[channel]);\n      });",

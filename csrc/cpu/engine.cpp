@@ -139,12 +139,13 @@ class Phase {
 // Consecutive tensors that fit the cache together; all of them at once where nothing is read twice.
 template <class P>
 std::vector<Wave> cut_waves(const Call<P>& call, const std::vector<Work<compute_t<P>>>& works, bool again) {
+  if (!again) return {{0, works.size()}};
   std::vector<Wave> waves{{0, 0}};
   int64_t bytes = 0;
   for (const auto& w : works) {
     int64_t size = 0;
     for (int k = 0; k < w.view->arrays; ++k) size += w.plan.geometry.numel() * call.element_size(k);
-    if (again && bytes > 0 && bytes + size > kWave) {
+    if (bytes > 0 && bytes + size > kWave) {
       waves.push_back({waves.back().end, waves.back().end});
       bytes = 0;
     }

@@ -12,7 +12,7 @@
 namespace fastwrs::cpu {
 inline namespace FASTWRS_ISA {
 
-// kReads: the rule looks at the gradient; not where a first pass has done so for both.
+// kReads: the gradient is read; not where a first pass has done so for both.
 template <class Rule, int kSlots, class P, class G, class S, bool kReads>
 struct Updates {
   using C = compute_t<P>;
@@ -44,7 +44,7 @@ struct Updates {
     const auto at = [&](int64_t i, [[maybe_unused]] C* sums) {
       C w = std::is_same_v<P, C> ? updated[i] : C(widen(param[i]));
       C g = 0;
-      if (kReads || kSets == kSums) g = C(widen(grad[i]));
+      if (kReads) g = C(widen(grad[i]));
       if (kExtras && kReads && unscale) {
         g = g / grad_scale;
         grad[i] = narrow(g, G());
@@ -92,7 +92,7 @@ struct Updates {
           [&](int64_t ahead) FASTWRS_FETCHES {
             fetch(updated + ahead);
             if (!std::is_same_v<P, C>) fetch(param + ahead);
-            if (kReads || kSets == kSums) fetch(grad + ahead);
+            if (kReads) fetch(grad + ahead);
             if (kSlots > 0) fetch(state0 + ahead);
             if (kSlots > 1) fetch(state1 + ahead);
             if (kSlots > 2) fetch(state2 + ahead);
@@ -109,12 +109,20 @@ struct Updates {
     });
   }
 
+  template <int kSets>
+  static void rows(const UpdateArgs& a) {
+    if constexpr (std::is_same_v<P, C>) {
+      if (a.behind) return row<kSets, true>(a);
+    }
+    row<kSets, false>(a);
+  }
+
   FASTWRS_FLATTENED static __attribute__((noinline)) void update(const UpdateArgs& a) {
     if (a.sums) {
-      if constexpr (std::is_same_v<P, C>) {
-        if (a.behind) return a.measures ? row<kSums, true>(a) : row<1, true>(a);
+      if constexpr (kReads) {
+        if (a.measures) return rows<kSums>(a);
       }
-      return a.measures ? row<kSums, false>(a) : row<1, false>(a);
+      return rows<1>(a);
     }
     if constexpr (kLooks) {
       a.told_each[0] ? run<true, 0, false, true>(a, 0, a.n, nullptr) : run<true, 0, false, false>(a, 0, a.n, nullptr);
@@ -129,7 +137,9 @@ struct Updates {
 template <class Rule, int kSlots, class P, class G, class S>
 void update(const UpdateArgs& a) {
   if constexpr (LookOf<Rule::kLook>::kChangesStates) {
-    const bool reads = static_cast<const typename Rule::template Scalars<compute_t<P>>*>(a.scalars)->nesterov != 0;
+    // what is measured is read for that, whether the rule looks at it or not
+    const bool reads = (a.sums && a.measures) ||
+                       static_cast<const typename Rule::template Scalars<compute_t<P>>*>(a.scalars)->nesterov != 0;
     if (!reads) return Updates<Rule, kSlots, P, G, S, false>::update(a);
   }
   Updates<Rule, kSlots, P, G, S, true>::update(a);

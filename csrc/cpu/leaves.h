@@ -38,7 +38,7 @@ struct UpdateArgs {
 
 // A run in the first pass of a rule that looks at whole tensors.
 struct LookArgs {
-  const void* param;
+  void* param;  // read
   // Where the run is a whole row: its sums, in the compute type, and scratch for each; not where the gradient is
   // unscaled. Null: the values that they are made of are left in scratch.
   void* sums;

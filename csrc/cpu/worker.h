@@ -7,6 +7,7 @@
 
 #include "../norms/looks.h"
 #include "gather.h"
+#include "origin.h"
 #include "work.h"
 
 namespace fastwrs::cpu {
@@ -378,13 +379,14 @@ class Worker {
   void look_at_rows(const Call<P>& call, const Work<C>& w, int64_t begin, int64_t end) {
     const int64_t size = w.plan.geometry.unit_size();
     C sums[kMostSums];
+    LookArgs args = arguments_of_look(call, w, cursor(call, w, begin * size), size);
+    args.sums = sums;
+    for (int k = 0; k < call.look.sums; ++k) args.levels[k] = levels_[k];
     for (int64_t row = begin; row < end; ++row) {
-      LookArgs args = arguments_of_look(call, w, cursor(call, w, row * size), size);
-      args.sums = sums;
-      for (int k = 0; k < call.look.sums; ++k) args.levels[k] = levels_[k];
       if (call.look.kind == Look::kShift) args.origin = origin_of_channel<P>(*w.view, w.plan.geometry, row);
       call.look_at(args);
       for (int k = 0; k < call.look.sums; ++k) rows_of_look(call, w, k)[row] = sums[k];
+      step_over(call, w, size, args);
     }
   }
 
@@ -506,20 +508,21 @@ class Worker {
         P* param = static_cast<P*>(args.param);
         scales ? call.store.scale(updated, param, size, last.factor) : call.store.narrow(updated, param, size);
       }
+      if (kInPlace) args.updated = updated + size;
       step_over(call, w, size, args);
     }
     for (const auto& left : {before, last}) {
       if (left.row) call.store.scale(left.row, reinterpret_cast<P*>(left.row), size, left.factor);
     }
   }
-  // From a row to the next one.
-  static void step_over(const Call<P>& call, const Work<C>& w, int64_t elements, UpdateArgs& args) {
-    const auto move = [elements](auto& pointer, int64_t size) {
+  // From a row to the next one, in arguments of either pass.
+  template <class Args>
+  static void step_over(const Call<P>& call, const Work<C>& w, int64_t elements, Args& args) {
+    const auto move = [elements](void*& pointer, int64_t size) {
       pointer = static_cast<char*>(pointer) + elements * size;
     };
     move(args.param, sizeof(P));
-    if (kInPlace) move(args.updated, sizeof(C));
-    move(args.grad, size_of(call.dtypes.grad));
+    if (w.view->arrays > 1) move(args.grad, size_of(call.dtypes.grad));
     for (int k = 2; k < w.view->arrays; ++k) move(args.state[k - 2], size_of(call.dtypes.state));
   }
 
