@@ -40,7 +40,8 @@ class Rescale:
             An int or a tuple of ints: exactly these dimensions are reduced, as in
             ``torch.linalg.vector_norm(dim=...)``. ``"out"`` and ``"in"`` need at least 2 dimensions.
         target: the norm that every group gets; finite and > 0.
-        start, stop: the first step of the window, and the first step after it (None: it never closes); ints >= 0.
+        start, stop: the first step of the window, an int >= 0, and the first step after it, an int > start (None: it
+            never closes).
 
     Raises:
         TypeError, ValueError: an option that is not allowed; the message names it.
@@ -58,9 +59,8 @@ class Rescale:
         _put(self, "target", _real(self, "target"))
         if self.target <= 0:
             raise ValueError(f"Rescale: target must be > 0, got {self.target!r}")
-        _put(self, "start", checked_whole(self.start, "Rescale: start"))
-        if self.stop is not None:
-            _put(self, "stop", checked_whole(self.stop, "Rescale: stop"))
+        for name, step in zip(("start", "stop"), checked_window(self.start, self.stop, "Rescale"), strict=True):
+            _put(self, name, step)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def shifted_pair(value: Any) -> tuple[Any, Any]:
     """
     if value is None:
         return 0.0, 0.0
-    if not isinstance(value, (tuple, list)):
+    if not isinstance(value, (tuple, list)) or any(isinstance(number, bool) for number in value):
         raise TypeError(f"Invalid shifted_l2: {value!r}: it must be None or two numbers (lam, eps)")
     if len(value) != 2:
         raise ValueError(f"Invalid shifted_l2: {value!r}: it must be None or two numbers (lam, eps)")
@@ -240,6 +240,17 @@ def checked_whole(value: Any, where: str, low: int = 0) -> int:
     except OverflowError:
         raise ValueError(f"{where} is too large, an int of {number.bit_length()} bits") from None
     return number
+
+
+def checked_window(start: Any, stop: Any, where: str) -> tuple[int, int | None]:
+    """The first step and the one after the last, or an error that begins with ``where``."""
+    first = checked_whole(start, f"{where}: start")
+    if stop is None:
+        return first, None
+    end = checked_whole(stop, f"{where}: stop")
+    if end <= first:
+        raise ValueError(f"{where}: stop must be > start = {first}, or None, got {stop!r}")
+    return first, end
 
 
 def _real(option: Rescale | Shrink, name: str) -> float:

@@ -8,7 +8,7 @@ from weakref import WeakSet
 
 from torch.optim import Optimizer
 
-from fastwrs.options import checked_whole
+from fastwrs.options import checked_whole, checked_window
 
 _KEY, _OWN = "weight_decay", "initial_weight_decay"
 _taken: WeakSet[Optimizer] = WeakSet()
@@ -41,7 +41,8 @@ class WeightDecayWindow:
 
     Args:
         optimizer: any optimizer whose param groups have ``weight_decay``, of torch or of fastwrs.
-        start, stop: the first step of the window, and the first step after it (None: it never closes); ints >= 0.
+        start, stop: the first step of the window, an int >= 0, and the first step after it, an int > start (None: it
+            never closes).
 
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
@@ -64,7 +65,7 @@ class WeightDecayWindow:
         if optimizer in _taken:
             raise ValueError("WeightDecayWindow: the optimizer has a window already; remove() it before another comes")
         self.optimizer, self.steps = optimizer, 0
-        self.start, self.stop = _checked_window(start, stop)
+        self.start, self.stop = checked_window(start, stop, "WeightDecayWindow")
         self._attach()
         self._apply()
 
@@ -104,7 +105,7 @@ class WeightDecayWindow:
         lacking = [key for key in ("start", "stop", "steps") if key not in state_dict]
         if lacking:
             raise ValueError(f"WeightDecayWindow: the state dict lacks {', '.join(map(repr, lacking))}")
-        window = _checked_window(state_dict["start"], state_dict["stop"])
+        window = checked_window(state_dict["start"], state_dict["stop"], "WeightDecayWindow")
         steps = checked_whole(state_dict["steps"], "WeightDecayWindow: steps")
         (self.start, self.stop), self.steps = window, steps
         self._apply()
@@ -145,8 +146,3 @@ def _with_own_values(_optimizer: Optimizer, state_dict: Any) -> Any:
         return state_dict  # the optimizer will say what is wrong
     own = [{_OWN: group[_KEY], **group} if _KEY in group else group for group in groups]
     return {**state_dict, "param_groups": own}
-
-
-def _checked_window(start: Any, stop: Any) -> tuple[int, int | None]:
-    first = checked_whole(start, "WeightDecayWindow: start")
-    return first, None if stop is None else checked_whole(stop, "WeightDecayWindow: stop")

@@ -330,10 +330,13 @@ def test_a_list_or_tensors_that_change_are_read_in_each_step() -> None:
 @on_backends
 def test_weights_whose_squares_are_too_small_for_the_type() -> None:
     """Their deviation counts as 0, as that of equal weights: nothing becomes infinite."""
-    params = [nn.Parameter(1e-25 * randn(2, 64).float())]
-    params[0].grad = torch.zeros_like(params[0])
-    fastwrs.SGD(params, lr=0.1, shifted_l2=(LAM, EPS)).step()
-    assert bool((params[0].abs() < 1e-24).all())
+    param = nn.Parameter(1e-25 * (1 + randn(2, 64)).float())
+    start = param.detach().double()
+    param.grad = torch.zeros_like(param)
+    fastwrs.SGD([param], lr=0.5, shifted_l2=(0.5, EPS)).step()
+    expected = start - 0.5 * 0.5 * start.mean(1, keepdim=True)
+    largest = float(start.abs().max())
+    assert float((param.detach().double() - expected).abs().max()) < 1e-6 * largest
 
 
 @on_backends
@@ -352,6 +355,7 @@ BAD: list[tuple[Any, str]] = [
     ((1e-4, -1e-3), r"eps of shifted_l2: -0.001: .*finite and >= 0"),
     ((1e-4, math.nan), "eps of shifted_l2: nan: .*finite and >= 0"),
     ((1e-4, "much"), "eps of shifted_l2: 'much': it must be a number"),
+    ((True, 0), r"Invalid shifted_l2: \(True, 0\): it must be None or two numbers"),
     ((1e-4,), r"Invalid shifted_l2: \(0.0001,\): it must be None or two numbers"),
     (1e-4, "Invalid shifted_l2: 0.0001: it must be None or two numbers"),
     ("12", "Invalid shifted_l2: '12': it must be None or two numbers"),

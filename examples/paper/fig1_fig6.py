@@ -31,7 +31,7 @@ def run(setup: Setup, curve: Curve, seed: int) -> Settings:
     if window == "all":
         return settings
     first = settings.milestones[0] if settings.milestones else 0
-    epochs = (0, first) if window == "early" else (first, settings.epochs)
+    epochs = (0, first) if window == "early" else (first, max(first + 1, settings.epochs))
     return setup.settings(network, "sgdm", method, seed, **long(setup, network), window=epochs)
 
 

@@ -19,6 +19,10 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 PLOTS = ("fig2.png", "fig3.png", "fig6.png")
+FILES = (
+    "table1.csv", "table1_tests.csv", "table2.csv", "fig1_fig6_summary.csv", "fig2_summary.csv", "fig2b.csv",
+    "fig3a.csv", "fig3b.csv", "fig4.csv", "weight_norm_summary.csv", "finetune_summary.csv",
+)  # fmt: skip
 Row = dict[str, str]
 
 
@@ -214,9 +218,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "out")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the folder with papers.md")
-    parser.add_argument("--data", default="digits", help="of which data set")
+    parser.add_argument("--data", default="digits", help="which folder of --out")
     options = parser.parse_args(arguments)
     folder, document = options.out / options.data, options.docs / "papers.md"
+    if missing := [name for name in (*FILES, *PLOTS) if not (folder / name).exists()]:
+        parser.error(f"{folder} has no {', no '.join(missing)}: run `make figures`, or the scripts, first")
     document.write_text(filled(document.read_text(encoding="utf-8"), folder), encoding="utf-8")
     (options.docs / "figures").mkdir(exist_ok=True)
     for name in PLOTS:

@@ -5,7 +5,8 @@
 For each cell the hyperparameters are chosen on the validation images with seed 0, as in the paper: the decay for WD and
 WS, decay and tau for WRS (at the small size the decay alone, so that all methods have the same number of trials). Then
 the other seeds are trained with them. Writes table1.csv, table1_search.csv, table1_tests.csv (the paired t-tests of the
-caption, over the cells of this data set, and over all data sets in --out but digits) and table1.png.
+caption, over the cells of this data set, and over all data sets in --out with the same recipe, without digits) and
+table1.png.
 """
 
 from __future__ import annotations
@@ -100,11 +101,12 @@ def tests(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def other_tables(setup: Setup) -> dict[str, list[dict[str, Any]]]:
     """What was found before on other data sets of the paper, for a test over all of them."""
-    found = {}
-    for path in sorted(setup.out.parent.glob("*/table1.csv")):
-        if "digits" not in (path.parent.name, setup.data) and path.parent.name != setup.data:
+    found, changes = {}, setup.out.name.removeprefix(setup.data)
+    for data in ("cifar10", "cifar100", "tiny-imagenet"):
+        path = setup.out.parent / f"{data}{changes}" / "table1.csv"
+        if path.exists() and setup.data not in ("digits", data):
             with path.open(newline="", encoding="utf-8") as file:
-                found[path.parent.name] = list(csv.DictReader(file))
+                found[data] = list(csv.DictReader(file))
     return found
 
 

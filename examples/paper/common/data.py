@@ -93,6 +93,16 @@ def why_missing(name: str, root: Path | None) -> str | None:
     return f"--data {name}: {root} has no {', no '.join(missing)}: {SOURCES[name]}" if missing else None
 
 
+def why_not(name: str, root: Path | None, train_images: int | None, batch: int) -> str | None:
+    """Why so many training images cannot be taken, or None."""
+    if train_images is None:
+        return None
+    there = len(load(name, root, None).train.y)
+    if train_images > there:
+        return f"{TITLES[name]} has {there}, without those for validation"
+    return f"a batch has {batch}" if train_images < batch else None
+
+
 @cache
 def load(name: str, root: Path | None, train_images: int | None, test_images: int | None = None) -> Data:
     """Reads a data set.

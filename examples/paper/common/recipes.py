@@ -192,7 +192,7 @@ def settings(
         "weight_decay": 0.0 if method in ("off", "ws") else recipe.weight_decay.get(optimizer, 0.0),
         "tau": recipe.tau if method in RESCALED else 0,
         "epochs": epochs,
-        "milestones": tuple(round(part * epochs) for part in recipe.milestones.get(key, ())),
+        "milestones": tuple(max(1, round(part * epochs)) for part in recipe.milestones.get(key, ())),
         "batch": recipe.batch,
         "evaluate_every": max(1, epochs // recipe.evaluations),
         "train_images": recipe.train_images,

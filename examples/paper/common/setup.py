@@ -21,6 +21,7 @@ from . import recipes
 from .models import NAMES
 from .recipes import Recipe, Settings
 from .runs import Runs
+from .train import replaced
 
 OUT = Path(__file__).resolve().parents[1] / "out"
 
@@ -65,12 +66,10 @@ class Setup:
     def write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes a CSV file, with the keys of the first row as header."""
         path = self.out / name
-        part = path.with_name(path.name + ".part")  # takes its place at once, when it is complete
-        with part.open("w", newline="", encoding="utf-8") as file:
+        with replaced(path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows({key: _plain(value) for key, value in row.items()} for row in rows)
-        os.replace(part, path)
         print(f"wrote {path}")
 
 
@@ -79,7 +78,9 @@ def parse(description: str | None, arguments: list[str] | None = None) -> Setup:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=data_sets.NAMES, default="digits", help="digits is the small size")
     parser.add_argument("--root", type=Path, help="the folder with the files of the data set")
-    parser.add_argument("--out", type=Path, default=OUT, help="results, and runs to go on with (default: out/ here)")
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="runs to go on with, and results in a folder for each recipe"
+    )
     parser.add_argument("--backend", default="auto", help="a backend of fastwrs.backends()")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto takes a GPU when there is one")
     parser.add_argument("--jobs", type=int, help="runs side by side (default: one a core, on a GPU one)")
@@ -91,11 +92,15 @@ def parse(description: str | None, arguments: list[str] | None = None) -> Setup:
     options = parser.parse_args(arguments)
     if why := data_sets.why_missing(options.data, options.root):
         parser.exit(1, f"{why}\n")
-    recipe = recipes.tiny(recipes.of(options.data)) if options.tiny else recipes.of(options.data)
+    recipe, variant = recipes.of(options.data), options.data
+    if options.tiny:
+        recipe, variant = recipes.tiny(recipe), f"{variant}-tiny"
     for name in ("seeds", "epochs", "width", "train_images", "jobs"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be > 0 and finite, got {value}")
+        if value is not None and name != "jobs":
+            variant += f"-{name.replace('_', '-')}-{value:g}"  # results of other recipes are not to be mixed up
     for name in ("seeds", "epochs", "width"):
         if (value := getattr(options, name)) is not None:
             recipe = replace(recipe, **{name: dict.fromkeys(getattr(recipe, name), value)})
@@ -111,10 +116,14 @@ def parse(description: str | None, arguments: list[str] | None = None) -> Setup:
         parser.error(f"--device {device}: {error}")
     if options.backend != "auto" and (why := fastwrs.backends().get(options.backend, "there is no such backend")):
         parser.error(f"--backend {options.backend}: {why}; there are auto, {', '.join(fastwrs.backends())}")
-    out = options.out / options.data
+    if why := data_sets.why_not(options.data, options.root, options.train_images, recipe.batch):
+        parser.error(f"--train-images {options.train_images}: {why}")
+    out = options.out / variant
     out.mkdir(parents=True, exist_ok=True)
     jobs = options.jobs or (len(os.sched_getaffinity(0)) if device == "cpu" else 1)
-    setup = Setup(options.data, recipe, Runs(out, options.root, jobs), out, options.backend, device)
+    setup = Setup(
+        options.data, recipe, Runs(options.out / options.data, options.root, jobs), out, options.backend, device
+    )
     networks = ", ".join(setup.scale(network) for network in recipe.width)
     print(f"{setup.note()}; {networks}; on {device}")
     return setup

@@ -114,7 +114,8 @@ def accuracy(model: nn.Module, part: Part, batch: int = 250) -> float:
 def evaluate(model: nn.Module, data: Data, settings: Settings, last: bool) -> Record:
     """Accuracies with BatchNorm's statistics taken anew, for every method: a rescale leaves the running ones stale."""
     dtype = next(model.parameters()).dtype
-    some = data.train.x[: STATISTICS_BATCHES * settings.batch].split(settings.batch)
+    number = min(STATISTICS_BATCHES, steps_in(data.train, settings))  # whole batches: of one image there is no variance
+    some = data.train.x[: number * settings.batch].split(settings.batch)
     update_bn((data_sets.scaled(x).to(dtype) for x in some), model)
     found = {"test": accuracy(model, data.test)}
     return {**found, "val": accuracy(model, data.val)} if last else found  # validation images choose among whole runs
@@ -193,14 +194,14 @@ class Run:
             loss = self._train_epoch()
             self.epoch += 1
             self._note(loss)
-            with _replaced(checkpoint) as file:
+            with replaced(checkpoint) as file:
                 torch.save(self._state(), file)
             progress()
         steps = self.steps * self.settings.epochs
         result = {
             "settings": self.settings.plain(), "steps": steps, "epochs": self.epochs, "measured": self.measured
         }  # fmt: skip
-        with _replaced(self.folder / "result.json") as file:
+        with replaced(self.folder / "result.json") as file:
             file.write_text(json.dumps(result), encoding="utf-8")
         checkpoint.unlink()
         return result
@@ -240,7 +241,7 @@ class Run:
                 record["norms"] = fastwrs.channel_norms([self.watched[1]])[0].tolist()
             self.epochs.append(record)
         if epoch in settings.keep_weights:
-            with _replaced(weights_file(self.folder, epoch)) as file:
+            with replaced(weights_file(self.folder, epoch)) as file:
                 torch.save(self.model.state_dict(), file)
 
     def _state(self) -> Record:
@@ -300,7 +301,7 @@ def _load_backbone(model: nn.Module, trained: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
+def replaced(path: Path) -> Iterator[Path]:
     """A file to write that takes its place at once, when it is complete."""
     part = path.with_name(path.name + ".part")
     yield part
