@@ -24,7 +24,7 @@ inline void advance_run(const LookArgs& a, int64_t begin, int64_t n, [[maybe_unu
   C* __restrict step = static_cast<C*>(a.step) + begin;
   const bool unscale = a.grad_scale != 0, writes = unscale && a.unscales;
   const C grad_scale = C(a.grad_scale), sign = a.maximize ? C(-1) : C(1);
-  const auto at = [&](int64_t i, [[maybe_unused]] C* sums) {
+  const auto at = [&](int64_t i, [[maybe_unused]] C* terms) {
     C g = C(widen(grad[i]));
     if (!kSum && unscale) g = g / grad_scale;
     if (!kSum && writes) grad[i] = narrow(g, G());
@@ -42,7 +42,7 @@ inline void advance_run(const LookArgs& a, int64_t begin, int64_t n, [[maybe_unu
     }
     const C w = C(widen(param[i])), u = Rule::direction(g, state, s);
     if constexpr (kSum) {
-      for (int k = 0; k < kGateSums; ++k) sums[k] += gate_term(k, u, g, w);
+      for (int k = 0; k < kGateSums; ++k) terms[k] = gate_term(k, u, g, w);
     } else {
       weights[i] = w;
       slope[i] = g;
@@ -86,9 +86,9 @@ FASTWRS_FLATTENED void distances_from_origin(const LookArgs& a) {
     return sum_row<C, kShiftSums>(a.n, a.levels, static_cast<C*>(a.sums), [&](int64_t begin, int64_t n, C* lanes) {
       sum_block<kShiftSums>(
           n, lanes, [&](int64_t ahead) FASTWRS_FETCHES { fetch(param + begin + ahead); },
-          [&](int64_t i, C* sums) {
+          [&](int64_t i, C* terms) {
             const C distance = C(widen(param[begin + i])) - origin;
-            for (int k = 0; k < kShiftSums; ++k) sums[k] += shift_term(k, distance);
+            for (int k = 0; k < kShiftSums; ++k) terms[k] = shift_term(k, distance);
           });
     });
   }

@@ -211,29 +211,38 @@ constexpr int64_t kAhead = Accumulator<float>::kTurns * kLanes;
 #define FASTWRS_FETCHES __attribute__((always_inline))
 template <class T>
 FASTWRS_FETCHES inline void fetch(const T* x) {
-  for (int64_t j = 0; j < kLanes; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + j);
+  for (int64_t j = 0; j < 16; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + j);
 }
 
-// Calls at(i, sums) for n elements, one block at most, which adds to kSets sums: element i goes to lane i % 64 of each.
-// `lanes`: [kSets, kLanes]; they begin here. ask(i) asks for the memory of the 64 elements from i on.
+// Calls at(i, terms) for n elements, one block at most, which gives a term of each of kSets sums: that of element i
+// goes to lane i % 64. `lanes`: [kSets, kLanes]; they begin here. ask(i) asks for the memory of the 16 elements from i
+// on.
 template <int kSets, class C, class Ask, class At>
 inline void sum_block(int64_t n, C* __restrict lanes, const Ask& ask, const At& at) {
-  using Wide = typename Sixteen<C>::type;  // a loop over elements would become a call
-  for (int64_t j = 0; j < kSets * kLanes / 16; ++j) reinterpret_cast<Wide*>(lanes)[j] = Wide{};
-  const auto add = [&](int64_t i, int64_t lane) {
-    C sums[kSets];
-    for (int k = 0; k < kSets; ++k) sums[k] = lanes[k * kLanes + lane];
-    at(i, sums);
-    for (int k = 0; k < kSets; ++k) lanes[k * kLanes + lane] = sums[k];
-  };
+  using Wide = typename Sixteen<C>::type;
   const int64_t turns = n / kLanes, whole = turns * kLanes;
-  for (int64_t turn = 0; turn < turns; ++turn) {
-    ask(turn * kLanes + kAhead);
+  // 16 lanes through all turns, so that their sums stay in registers.
+  for (int64_t first = 0; first < kLanes; first += 16) {
+    Wide sums[kSets] = {};
+    for (int64_t begin = first; begin < whole; begin += kLanes) {
+      ask(begin + kAhead);
+      Wide terms[kSets];
 #pragma GCC ivdep
-    for (int64_t j = 0; j < kLanes; ++j) add(turn * kLanes + j, j);
+      for (int64_t j = 0; j < 16; ++j) {
+        C of_one[kSets];
+        at(begin + j, of_one);
+        for (int k = 0; k < kSets; ++k) reinterpret_cast<C*>(terms + k)[j] = of_one[k];
+      }
+      for (int k = 0; k < kSets; ++k) sums[k] += terms[k];
+    }
+    for (int k = 0; k < kSets; ++k) reinterpret_cast<Wide*>(lanes + k * kLanes + first)[0] = sums[k];
   }
 #pragma GCC ivdep
-  for (int64_t j = 0; j < n - whole; ++j) add(whole + j, j);
+  for (int64_t j = 0; j < n - whole; ++j) {
+    C of_one[kSets];
+    at(whole + j, of_one);
+    for (int k = 0; k < kSets; ++k) lanes[k * kLanes + j] += of_one[k];
+  }
 }
 
 // The sums over a row of n elements: run(begin, n, lanes) makes those of a block, or of what is left, by sum_block.

@@ -41,7 +41,7 @@ struct Updates {
     const C sign = a.maximize ? C(-1) : C(1);
     [[maybe_unused]] const C told0 = C(a.told[0]), told1 = C(a.told[1]);
     [[maybe_unused]] const bool tells = a.tells;
-    const auto at = [&](int64_t i, [[maybe_unused]] C* sums) {
+    const auto at = [&](int64_t i, [[maybe_unused]] C* terms) {
       C w = std::is_same_v<P, C> ? updated[i] : C(widen(param[i]));
       C g = 0;
       if (kReads) g = C(widen(grad[i]));
@@ -50,8 +50,8 @@ struct Updates {
         grad[i] = narrow(g, G());
       }
       if constexpr (kSets == kSums) {
-        sums[kBefore] += w * w;
-        sums[kGrad] += g * g;
+        terms[kBefore] = w * w;
+        terms[kGrad] = g * g;
       }
       C state[kMaxSlots] = {};
       if (kSlots > 0) state[0] = C(widen(state0[i]));
@@ -75,10 +75,10 @@ struct Updates {
         if (kSlots > 2) state2[i] = narrow(state[2], S());
       }
       updated[i] = w;
-      if constexpr (kSets == 1) sums[0] += w * w;
+      if constexpr (kSets == 1) terms[0] = w * w;
       if constexpr (kSets == kSums) {
-        sums[kUpdated] += w * w;
-        sums[kUpdate] += u * u;
+        terms[kUpdated] = w * w;
+        terms[kUpdate] = u * u;
       }
       if (kScale) behind[i] *= behind_factor;
       if (kExtras && wants_step) step[i] = u;
