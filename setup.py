@@ -11,6 +11,7 @@ TORCH_CUDA_ARCH_LIST  the GPUs to build for, as for torch, like "8.0;9.0+PTX" (d
                       needed, and none is looked at
 FASTWRS_SANITIZE      "address" (with undefined behaviour) or "thread": build with these sanitizers
 FASTWRS_EMULATED=1    for tests: the CUDA kernels, compiled for the CPU behind tests/emulation/, take the CPU's place
+FASTWRS_TRIPLES       for tests: the CUDA kernels of these dtype triples alone, like "0 2" (default: all)
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def ninja_file(compiler: str, torch: Path, output: Path) -> str:
         optimise = f"-O1 -g {SANITIZERS[sanitizer]} -fno-omit-frame-pointer"
         link = SANITIZERS[sanitizer]
     includes = f"-isystem {torch / 'include'} -isystem {sysconfig.get_paths()['include']}"
-    defines = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}" + (" -DFASTWRS_WITH_X86" if is_x86() else "")
+    isas = ISA_FLAGS if is_x86() and not emulated else {"plain": ""}  # emulated: no step is taken by the leaves
+    defines = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}" + (" -DFASTWRS_WITH_X86" if len(isas) > 1 else "")
     nvcc = None if emulated else cuda_compiler()
     if nvcc or emulated:
         defines += " -DFASTWRS_WITH_CUDA"
@@ -144,7 +146,7 @@ def ninja_file(compiler: str, torch: Path, output: Path) -> str:
     for source in SOURCES:
         objects.append(Path(source).stem + ".o")
         lines.append(f"build {objects[-1]}: compile {root / source}")
-    for isa, isa_flags in ISA_FLAGS.items() if is_x86() else [("plain", "")]:
+    for isa, isa_flags in isas.items():
         objects.append(f"leaves_{isa}.o")
         lines.append(f"build {objects[-1]}: compile {root / LEAVES}\n  isa = -DFASTWRS_ISA={isa} {isa_flags}")
     if nvcc or emulated:
@@ -158,10 +160,12 @@ def ninja_file(compiler: str, torch: Path, output: Path) -> str:
                 "  depfile = $out.d",
                 "  deps = gcc",
             ]
+        triples = os.environ.get("FASTWRS_TRIPLES", " ".join(map(str, range(TRIPLES)))).split()
+        found = "".join(f"X({triple})" for triple in triples)
         for source in (*CUDA_SOURCES, *(["tests/emulation/emulation.cpp"] if emulated else [])):
             objects.append(f"cuda_{Path(source).stem}.o")
-            lines.append(f"build {objects[-1]}: compile {root / source}")
-        for triple in range(TRIPLES):
+            lines.append(f"build {objects[-1]}: compile {root / source}\n  isa = '-DFASTWRS_TRIPLES(X)={found}'")
+        for triple in triples:
             objects.append(f"kernels_{triple}.o")
             lines.append(f"build {objects[-1]}: {rule} {root / KERNELS}\n  isa = -DFASTWRS_TRIPLE_INDEX={triple}")
         if nvcc:

@@ -1,7 +1,8 @@
 """The CUDA kernels in an emulator on the CPU: how tests call them. Needs an extension that was built for that.
 
-``python tests/emulated.py THREADS`` runs the cases that are meant for ThreadSanitizer, and for kernels that were broken
-on purpose: all kernels and axes at sizes that take no time, in blocks of so many threads.
+``python tests/emulated.py THREADS [TRIPLE ...]`` runs the cases that are meant for ThreadSanitizer, and for kernels
+that were broken on purpose: all kernels and axes at sizes that take no time, in blocks of so many threads, of two
+triples of dtypes or of those that are named.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import tolerances
@@ -75,11 +77,11 @@ def check(case: Case, every: int = 1) -> None:
         tolerances.check(before[k], tolerances.outputs(call, k), f"tensor {k}: ")
 
 
-def small_cases() -> list[Case]:
-    """One triple of 32 bits and one of 16, over all kernels and axes."""
+def small_cases(triples: Sequence[int] = (0, 2)) -> list[Case]:
+    """One triple of 32 bits and one of 16, or others, over all kernels and axes."""
     rescale = (tuple(PROJECTIONS["rescale"].items()),)
-    full = Case("full", "sgd", (TensorCase((2, 3)),) * 510, DTYPES[0], rescale, measured=False)
-    return [full, *(case for case in select(70000) if case.dtypes in (DTYPES[0], DTYPES[2]))]
+    full = Case("full", "sgd", (TensorCase((2, 3)),) * 510, DTYPES[triples[0]], rescale, measured=False)
+    return [full, *(case for case in select(70000) if case.dtypes in [DTYPES[k] for k in triples])]
 
 
 def norm_error(length: int) -> float:
@@ -93,11 +95,11 @@ def norm_error(length: int) -> float:
     return tolerances.norm_deviation(call.params[0], (1,), 1.0)
 
 
-def main(threads: str) -> None:
+def main(threads: str, *triples: str) -> None:
     os.environ["EMULATED_THREADS"] = threads
     torch.set_num_threads(1)
     load()
-    cases = small_cases()
+    cases = small_cases([int(k) for k in triples] or (0, 2))
     for case in cases:
         print(case.id, flush=True)
         check(case, every=1 + len(case.tensors) // 50)

@@ -28,7 +28,6 @@ LOOK, SHIFT = "csrc/cuda/look.cuh", "csrc/cuda/shift.cuh"
 PLAN = "csrc/cuda/plan.cpp"
 FILES = KERNELS, TILES, FINISH, GATE, LOOK, SHIFT
 NEIGHBOUR = "(unit ? unit - 1 : 0)"
-OBJECTS = ("kernels_0.o", "kernels_2.o"), ("cuda_plan.o",)  # the triples of emulated.small_cases; what the host does
 THREADS = "64"
 
 
@@ -41,6 +40,8 @@ class Mutant(NamedTuple):
     new: str
     thread_sanitizer: bool = False
     message: str = ""
+    triples: tuple[int, ...] = (0,)
+    """Of dtypes: which kernels are broken, and run. The functions are the same for all."""
 
 
 def barrier(comment: str, file: str = KERNELS, *, race: bool = True, message: str = "") -> Mutant:
@@ -117,7 +118,10 @@ MUTANTS = (
     Mutant("more than a launch takes", PLAN, "kEntryBytes / entry_bytes() * entry_bytes()", "kEntryBytes"),
     Mutant("a row is left out", TILES, "row += lanes) {\n", "row += lanes + (row > 0)) {\n"),
 )
-UNBROKEN = (Mutant("unbroken", KERNELS, "", ""), Mutant("unbroken under ThreadSanitizer", KERNELS, "", "", True))
+UNBROKEN = (
+    Mutant("unbroken", KERNELS, "", "", triples=(0, 2)),
+    Mutant("unbroken under ThreadSanitizer", KERNELS, "", "", True, triples=(0, 2)),
+)
 
 
 class Control:
@@ -155,7 +159,8 @@ class Control:
         for command in self.commands(folder, mutant):
             subprocess.run(command, shell=True, cwd=folder / "build/objects", check=True)
         environment = run_lanes.emulated_environment(folder, "thread" if mutant.thread_sanitizer else "")
-        command = [sys.executable, ROOT / "tests/emulated.py", THREADS if mutant.thread_sanitizer else "256"]
+        threads = THREADS if mutant.thread_sanitizer else "256"
+        command = [sys.executable, ROOT / "tests/emulated.py", threads, *map(str, mutant.triples)]
         done = subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, **environment}, check=False, timeout=300
         )
@@ -168,7 +173,8 @@ class Control:
         """How ninja would compile the objects with the fault, and link; without optimisation, which takes longer."""
         ninja = [sys.executable, "-m", "ninja", "-t", "commands"]
         built = run_lanes.EMULATED / ("thread" if mutant.thread_sanitizer else "plain") / "build"
-        for target in (*([name] for name in OBJECTS[mutant.file == PLAN]), []):
+        changed = ["cuda_plan.o"] if mutant.file == PLAN else [f"kernels_{k}.o" for k in mutant.triples]
+        for target in (*([name] for name in changed), []):
             listed = subprocess.run(
                 [*ninja, *target], cwd=folder / "build/objects", capture_output=True, text=True, check=True
             )

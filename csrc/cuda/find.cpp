@@ -3,18 +3,17 @@
 
 namespace fastwrs::cuda {
 
-bool find_kernel_0(const KernelKey&, Kernel&);
-bool find_kernel_1(const KernelKey&, Kernel&);
-bool find_kernel_2(const KernelKey&, Kernel&);
-bool find_kernel_3(const KernelKey&, Kernel&);
-bool find_kernel_4(const KernelKey&, Kernel&);
-bool find_kernel_5(const KernelKey&, Kernel&);
+// FASTWRS_TRIPLES(X) is X(0) X(1) ..., the triples that are built.
+#define FASTWRS_DECLARE(k) bool find_kernel_##k(const KernelKey&, Kernel&);
+FASTWRS_TRIPLES(FASTWRS_DECLARE)
+#undef FASTWRS_DECLARE
 
 Kernel find_kernel(const KernelKey& key) {
   Kernel kernel{};
-  for (const auto find : {find_kernel_0, find_kernel_1, find_kernel_2, find_kernel_3, find_kernel_4, find_kernel_5}) {
-    if (find(key, kernel)) break;
-  }
+#define FASTWRS_FIND(k) \
+  if (find_kernel_##k(key, kernel)) return kernel;
+  FASTWRS_TRIPLES(FASTWRS_FIND)
+#undef FASTWRS_FIND
   return kernel;
 }
 
