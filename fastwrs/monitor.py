@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import compress
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,12 +13,16 @@ from torch import Tensor
 
 from fastwrs import monitor_export as export
 from fastwrs.measuring import TAKEN, Measured, Rows, Scope
-from fastwrs.monitor_export import NORMS, STATISTICS, Record, plain_number
-from fastwrs.monitor_store import Layout, Part, Reading, Store
+from fastwrs.monitor_export import KEYS, Curves, Record, plain_number
+from fastwrs.monitor_store import Layout, Part, Reading, Store, lengths_on
 from fastwrs.optim.base import FusedOptimizer
 from fastwrs.spec import MEASURED
 
 Names = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+
+_KEPT = operator.itemgetter(*KEYS.values())
+"""Of a parameter's statistics in a row, those that mean something."""
+_WIDTH = len(MEASURED)
 
 
 class Monitor:
@@ -65,7 +70,8 @@ class Monitor:
         optimizer: a fastwrs optimizer.
         every: measure each ``every``-th step of the optimizer, counted from 1 when the monitor is made; an int >= 1.
         names: ``model.named_parameters()``, or a dict of names and parameters. Parameters that are not in it have the
-            name of their param group's ``param_names``, as from :func:`fastwrs.param_groups`, else ``params[g][i]``.
+            name of their param group's ``param_names``, as from :func:`fastwrs.param_groups`, else ``params[g][i]``:
+            then one that takes the place of another goes on with its curve.
         channels: how many measured steps are kept in full; an int >= 0.
         layers: how many older ones are kept as reductions; an int >= 0.
 
@@ -92,52 +98,59 @@ class Monitor:
         """The steps of the optimizer since the monitor was made, skipped ones included."""
         self._given = _checked_names(names)
         self._names: dict[Tensor, str] = {}
-        self._layouts: WeakKeyDictionary[Rows, Layout] = WeakKeyDictionary()
+        self._layouts: WeakKeyDictionary[Rows, tuple[Layout, Tensor | None]] = WeakKeyDictionary()
         self._store = Store(_whole("channels", channels, 0), _whole("layers", layers, 0))
         self._loss: Any = None
+        self._begun = False  # a step, since the loss was noted
         optimizer.watch(self)
 
     # ------------------------------------------------------------------------------------------------------ in a step
 
     def before_step(self) -> Scope:
         """Called by the optimizer: every ``every``-th step measures everything."""
+        if self._begun:
+            self._loss = None  # of a step that was refused: the one that begins now need not be the same again
+        self._begun = True
         return Scope.EVERYTHING if self._is_due() else Scope.NOTHING
 
     def after_step(self, measured: list[Measured], loss: Any) -> None:
         """Called by the optimizer: keeps what was measured, where it is."""
         due = self._is_due()
         self.steps += 1
-        given, self._loss = self._loss, None
+        given, self._loss, self._begun = self._loss, None, False
         if not due:
             return
-        if given is None and _is_scalar(loss):
+        if given is None:
             given = _kept(loss)
-        self._store.add(Reading(self.steps, given, [Part(self._layout_of(m.rows), m.values) for m in measured]))
+        self._store.add(Reading(self.steps, given, list(map(self._part_of, measured))))
 
     def log_loss(self, loss: Tensor | float) -> None:
         """Notes the loss of the step that comes next, for :meth:`gradient_over_loss`. A tensor stays on its device.
 
-        With a closure that is not needed.
+        With a closure that is not needed. A step that is refused takes its loss along.
 
         Args:
-            loss: one number, as the gradients are of it (not scaled).
+            loss: one real number, as the gradients are of it (not scaled).
 
         Raises:
-            ValueError: it is not one number.
+            ValueError: it is not one real number.
         """
-        if not _is_scalar(loss):
+        kept = _kept(loss)
+        if kept is None:
             shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise ValueError(f"log_loss: loss must be one number, got {shape}")
         if self._is_due():
-            self._loss = _kept(loss)
+            self._loss, self._begun = kept, False
 
     def remove(self) -> None:
         """Stops measuring. What has been measured can still be read."""
         self.optimizer.unwatch(self)
 
     def clear(self) -> None:
-        """Forgets what has been measured; ``steps`` goes on."""
+        """Forgets what has been measured, and the loss that :meth:`log_loss` noted; ``steps`` goes on."""
         self._store.clear()
+        self._layouts.clear()
+        self._loss = None
 
     def __enter__(self) -> Monitor:
         return self
@@ -150,30 +163,41 @@ class Monitor:
         return {"steps": self.steps}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Goes on counting from a :meth:`state_dict`.
+        """Goes on counting from a :meth:`state_dict`, and forgets what was measured in later steps.
+
+        So a run that goes back to a checkpoint has each step once. What the steps before have left stays.
 
         Raises:
-            ValueError: it has no step count >= 0.
+            ValueError, TypeError: it has no step count >= 0.
         """
         if "steps" not in state_dict:
             raise ValueError(f"Monitor: the state dict must have 'steps', got {sorted(map(str, state_dict))}")
         self.steps = _whole("steps", state_dict["steps"], 0)
+        self._store.drop_after(self.steps)
+        self._loss = None
 
     def _is_due(self) -> bool:
         return (self.steps + 1) % self.every == 0
 
+    def _part_of(self, measured: Measured) -> Part:
+        """What a launch has measured, with whose rows it has. That goes when the optimizer's plan goes."""
+        rows, device = measured.rows, measured.values.device
+        if rows not in self._layouts:
+            layout = self._layout_of(rows)
+            # Now, so that reading it later brings nothing to the device.
+            self._layouts[rows] = layout, None if device.type == "cpu" else lengths_on(layout.counts, device)
+        layout, lengths = self._layouts[rows]
+        return Part(layout, measured.values, lengths)
+
     def _layout_of(self, rows: Rows) -> Layout:
-        if rows in self._layouts:
-            return self._layouts[rows]
         kept = [(param, count) for param, count in zip(rows.params, rows.counts, strict=True) if count]
         if not all(param in self._names for param, _ in kept):
             self._names = dict(_names_of(self.optimizer, self._given))
-        layout = self._layouts[rows] = Layout(
+        return Layout(
             tuple(self._names[param] for param, _ in kept),
             tuple(count for _, count in kept),
             tuple(param.ndim >= 2 and param.numel() > 0 for param, _ in kept),
         )
-        return layout
 
     # ------------------------------------------------------------------------------------------------------- read back
 
@@ -183,23 +207,16 @@ class Monitor:
         They have ``step``, ``name``, ``group``, ``taken`` and the figures. ``group`` counts the groups of a parameter
         in row-major order of the dimensions that its axis keeps.
         """
-        records: list[Record] = []
-        for reading in self._store.full():
-            for name, values in reading.rows():
-                for group, row in enumerate(values.tolist()):
-                    taken = not math.isnan(row[TAKEN])
-                    figures = dict(zip(MEASURED, map(plain_number, row), strict=True))
-                    records.append({"step": reading.step, "name": name, "group": group, "taken": taken, **figures})
-        return records
+        return list(_channel_records(self._store.full()))
 
     def latest(self) -> dict[str, dict[str, Tensor]]:
-        """The last measured step: for each parameter, the figures by name, as CPU tensors of shape [groups].
+        """The last measured step: for each parameter, the figures by name, as new CPU tensors of shape [groups].
 
         A skipped step gives NaN. Empty before the first measurement, or with ``channels=0``.
         """
         full = self._store.full()
         rows = full[-1].rows() if full else ()
-        return {name: dict(zip(MEASURED, values.unbind(1), strict=True)) for name, values in rows}
+        return {name: dict(zip(MEASURED, values.clone().unbind(1), strict=True)) for name, values in rows}
 
     def layers(self) -> list[Record]:
         """Every parameter in every measured step that is kept, as plain dicts.
@@ -208,7 +225,7 @@ class Monitor:
         ``figure.mean`` and ``figure.max`` over the groups; the norms have ``figure.total`` too, the norm of the whole
         tensor. None stands for what was not taken, and for what is not finite.
         """
-        return list(self._layer_records())
+        return list(_layer_records(self._store.reduced()))
 
     def curve(self, figure: str, statistic: str = "mean") -> dict[str, list[tuple[int, float]]]:
         """One figure over the steps: for each parameter, ``(step, value)`` for the steps that were taken.
@@ -221,20 +238,17 @@ class Monitor:
             ValueError: there is no such figure or statistic.
         """
         key = export.checked_key(figure, statistic)
-        curves: dict[str, list[tuple[int, float]]] = {}
-        for record in self._layer_records():
-            if record[key] is not None:
-                curves.setdefault(record["name"], []).append((record["step"], record[key]))
-        return curves
+        return _curves(self._store.reduced(), [key])[0]
 
     def minimum_norm(self) -> list[Record]:
         """For each step the least weight norm after it over all norm groups: ``step``, ``minimum_norm``, ``name``.
 
         Over the parameters of two or more dimensions that have elements (the groups of one without are empty, and of
-        norm 0). This is the minimum weight vector norm of Cisneros-Velarde et al., Definition 3.1, where the groups are
-        the output channels.
+        norm 0). NaN, with the name of the first parameter that has one, if a norm is NaN after a step that was taken.
+        This is the minimum weight vector norm of Cisneros-Velarde et al., Definition 3.1, where the groups are the
+        output channels.
         """
-        return export.minimum_norm(self._layer_records(), self._weights())
+        return export.minimum_norm(_norms_of_weights(self._store.reduced()))
 
     def gradient_over_loss(self) -> list[Record]:
         """The squared norm of the gradient of all parameters, over the loss: for each step with a loss, in dicts.
@@ -245,18 +259,21 @@ class Monitor:
         Raises:
             RuntimeError: steps were measured, and none of them has a loss.
         """
-        losses = {reading.step: float(reading.loss) for reading in self._store.all() if reading.loss is not None}
-        if not losses and self._store.all():
+        readings = self._store.all()
+        if readings and all(reading.loss is None for reading in readings):
             raise RuntimeError("no measured step has a loss: call monitor.log_loss(loss) before optimizer.step()")
-        return export.gradient_over_loss(self._layer_records(), losses)
+        return export.gradient_over_loss(_gradients_with_loss(self._store.reduced()))
 
     def to_jsonl(self, path: Any, detail: str = "layers") -> None:
-        """Writes the records of :meth:`layers` or :meth:`channels` (``detail``) to a file, one JSON object per line."""
+        """Writes the records of :meth:`layers` or :meth:`channels` (``detail``) to a file, one JSON object per line.
+
+        Each is written as it is made, so that they are not all in memory at once.
+        """
         export.to_jsonl(path, self._records(detail))
 
     def to_pandas(self, detail: str = "layers") -> Any:
         """The records of :meth:`layers` or :meth:`channels` as a pandas DataFrame; ImportError without pandas."""
-        return export.to_pandas(self._records(detail))
+        return export.to_pandas(list(self._records(detail)))
 
     def to_tensorboard(self, writer: Any, statistic: str = "mean") -> None:
         """Writes every figure of every parameter to a ``SummaryWriter``, as the scalar ``figure.statistic/name``.
@@ -264,41 +281,89 @@ class Monitor:
         With the minimum norm, and gradient over loss if there are losses. All that is kept is written: call it once at
         the end, or :meth:`clear` after each call. ``writer`` is anything with ``add_scalar(tag, value, step)``.
         """
-        export.to_tensorboard(writer, statistic, self._records("layers"), self.minimum_norm(), self._ratios())
+        readings = self._store.reduced()
+        minimum = export.minimum_norm(_norms_of_weights(readings))
+        ratios = export.gradient_over_loss(_gradients_with_loss(readings))
+        export.to_tensorboard(writer, statistic, _layer_records(readings), minimum, ratios)
 
-    def plot(self, path: Any, figures: Iterable[str] = ("norm_after", "effective_grad_norm", "grad_norm")) -> None:
+    def plot(
+        self, path: Any, figures: str | Iterable[str] = ("norm_after", "effective_grad_norm", "grad_norm")
+    ) -> None:
         """Draws curves to an image file: a panel per figure, a line per parameter, its mean over the groups.
 
         With a panel for the minimum norm, and one for gradient over loss if there are losses. ``path`` is what
-        matplotlib's ``savefig`` takes; ImportError without matplotlib.
+        matplotlib's ``savefig`` takes; ImportError without matplotlib. ``figures`` may be the name of one.
         """
-        export.plot(path, tuple(figures), self.curve, self.minimum_norm(), self._ratios())
+        figures = (figures,) if isinstance(figures, str) else tuple(figures)
+        keys = [export.checked_key(figure, "mean") for figure in figures]
+        readings = self._store.reduced()
+        panels = dict(zip(figures, _curves(readings, keys), strict=True))
+        minimum = export.minimum_norm(_norms_of_weights(readings))
+        export.plot(path, panels, minimum, export.gradient_over_loss(_gradients_with_loss(readings)))
 
     # -------------------------------------------------------------------------------------------------------- helpers
 
-    def _weights(self) -> set[str]:
-        layouts = [part.layout for reading in self._store.all() for part in reading.parts]
-        return {name for layout in layouts for name in compress(layout.names, layout.weights)}
-
-    def _ratios(self) -> list[Record]:
-        return self.gradient_over_loss() if any(reading.loss is not None for reading in self._store.all()) else []
-
-    def _records(self, detail: str) -> list[Record]:
+    def _records(self, detail: str) -> Iterator[Record]:
+        # All that can wait or fail on a device does so here, before the first record.
         if detail not in ("layers", "channels"):
             raise ValueError(f"detail must be 'layers' or 'channels', got {detail!r}")
-        return self.layers() if detail == "layers" else self.channels()
+        return _layer_records(self._store.reduced()) if detail == "layers" else _channel_records(self._store.full())
 
-    def _layer_records(self) -> Iterator[Record]:
-        for reading in self._store.reduced():
-            for layout, values in reading.parts:
-                for name, count, table in zip(layout.names, layout.counts, values.tolist(), strict=True):
-                    taken = not math.isnan(table[0][TAKEN])
-                    record = {"step": reading.step, "name": name, "groups": count, "taken": taken}
-                    for statistic, row in zip(STATISTICS, table, strict=True):
-                        for figure, value in zip(MEASURED, row, strict=True):
-                            if statistic != "total" or figure in NORMS:
-                                record[f"{figure}.{statistic}"] = plain_number(value)
-                    yield record
+
+def _channel_records(readings: Sequence[Reading]) -> Iterator[Record]:
+    """A record for each norm group, of readings in full."""
+    for reading in readings:
+        for name, values in reading.rows():
+            for group, row in enumerate(values.tolist()):
+                taken = not math.isnan(row[TAKEN])
+                figures = dict(zip(MEASURED, map(plain_number, row), strict=True))
+                yield {"step": reading.step, "name": name, "group": group, "taken": taken, **figures}
+
+
+def _layer_records(readings: Sequence[Reading]) -> Iterator[Record]:
+    """A record for each parameter, of readings that are reduced, as all functions below take them."""
+    for reading in readings:
+        for layout, values, _ in reading.parts:
+            for name, count, row in zip(layout.names, layout.counts, values.flatten(1).tolist(), strict=True):
+                taken = not math.isnan(row[TAKEN])
+                figures = dict(zip(KEYS, map(plain_number, _KEPT(row)), strict=True))
+                yield {"step": reading.step, "name": name, "groups": count, "taken": taken, **figures}
+
+
+def _column(values: Tensor, key: str) -> list[float]:
+    """One statistic of one figure, of each parameter."""
+    return values[:, KEYS[key] // _WIDTH, KEYS[key] % _WIDTH].tolist()
+
+
+def _curves(readings: Sequence[Reading], keys: Sequence[str]) -> list[Curves]:
+    """For each key, and each name: step and value where it was taken."""
+    found: list[Curves] = [{} for _ in keys]
+    for reading in readings:
+        for layout, values, _ in reading.parts:
+            for curves, key in zip(found, keys, strict=True):
+                for name, value in zip(layout.names, _column(values, key), strict=True):
+                    if math.isfinite(value):
+                        curves.setdefault(name, []).append((reading.step, value))
+    return found
+
+
+def _norms_of_weights(readings: Sequence[Reading]) -> Iterator[tuple[int, list[tuple[str, float]]]]:
+    """For each step the name and the least norm of each weight whose step was taken."""
+    for reading in readings:
+        norms: list[tuple[str, float]] = []
+        for layout, values, _ in reading.parts:
+            taken, least = _column(values, f"{MEASURED[TAKEN]}.min"), _column(values, "norm_after.min")
+            found = zip(layout.names, layout.weights, taken, least, strict=True)
+            norms += [(name, norm) for name, weight, known, norm in found if weight and not math.isnan(known)]
+        yield reading.step, norms
+
+
+def _gradients_with_loss(readings: Sequence[Reading]) -> Iterator[tuple[int, list[float], float]]:
+    """For each step that has a loss the gradient norms of all parameters, and the loss."""
+    for reading in readings:
+        if reading.loss is not None:
+            norms = [norm for part in reading.parts for norm in _column(part.values, "grad_norm.total")]
+            yield reading.step, norms, float(reading.loss)
 
 
 def _names_of(optimizer: FusedOptimizer, given: Mapping[Tensor, str]) -> Iterator[tuple[Tensor, str]]:
@@ -307,7 +372,7 @@ def _names_of(optimizer: FusedOptimizer, given: Mapping[Tensor, str]) -> Iterato
     for g, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
             names, place = group.get("param_names"), f"params[{g}][{i}]"
-            name = given.get(param) or (names[i] if names else place)
+            name = given.get(param) or (names[i] if names and i < len(names) else place)
             name = f"{name} ({place})" if name in used else name
             used.add(name)
             yield param, name
@@ -330,19 +395,27 @@ def _checked_names(names: Names | None) -> dict[Tensor, str]:
 
 
 def _whole(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise TypeError(f"Monitor: {name} must be an int, got {value!r}")
-    if value < low:
+    if number < low:
         raise ValueError(f"Monitor: {name} must be >= {low}, got {value!r}")
-    return value
+    return number
 
 
-def _is_scalar(loss: Any) -> bool:
+def _kept(loss: Any) -> Tensor | float | None:
+    """What is kept of a loss: a number, or a copy where the loss lies, since its memory may be used again.
+
+    None if it is not one real number.
+    """
     if isinstance(loss, Tensor):
-        return loss.numel() == 1 and not loss.is_complex()
-    return isinstance(loss, (int, float)) and not isinstance(loss, bool)
-
-
-def _kept(loss: Any) -> Any:
-    """A copy, where the loss lies: its memory may be used again."""
-    return loss.detach().clone() if isinstance(loss, Tensor) else float(loss)
+        return loss.detach().clone() if loss.numel() == 1 and not loss.is_complex() else None
+    if not isinstance(loss, Real) or isinstance(loss, bool):
+        return None
+    try:
+        return float(loss)
+    except OverflowError:  # of an int beyond all floats
+        return None

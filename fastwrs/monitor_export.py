@@ -8,19 +8,26 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastwrs.spec import MEASURED
 
 Record = dict[str, Any]
-Curves = Callable[[str], dict[str, list[tuple[int, float]]]]
+Curves = dict[str, list[tuple[int, float]]]
+"""Steps and values, by name."""
 
 STATISTICS = ("min", "mean", "max", "total")
 """Of a parameter's norm groups. The total of norms is the root of the sum of their squares, the norm of the tensor."""
 NORMS = ("norm_before", "norm_updated", "norm_after", "grad_norm", "update_norm")
+KEYS = {
+    f"{figure}.{statistic}": place * len(MEASURED) + column
+    for place, statistic in enumerate(STATISTICS)
+    for column, figure in enumerate(MEASURED)
+    if statistic != "total" or figure in NORMS
+}
+"""What the records of layers have of each parameter, and its place in the row of all statistics of all figures."""
 
 
 def plain_number(value: float) -> float | None:
@@ -38,31 +45,22 @@ def checked_key(figure: str, statistic: str) -> str:
     return f"{figure}.{statistic}"
 
 
-def minimum_norm(layers: Iterable[Record], weights: set[str]) -> list[Record]:
-    """For each step the least norm after it over all groups of the named weights."""
-    least: dict[int, Record] = {}
-    for record in layers:
-        norm, step = record["norm_after.min"], record["step"]
-        if norm is None or record["name"] not in weights:
-            continue
-        if step not in least or norm < least[step]["minimum_norm"]:
-            least[step] = {"step": step, "minimum_norm": norm, "name": record["name"]}
-    return list(least.values())
-
-
-def gradient_over_loss(layers: Iterable[Record], losses: Mapping[int, float]) -> list[Record]:
-    """For each step with a loss the squared gradient norm of all parameters, the loss, and the one over the other."""
-    squares: defaultdict[int, list[float]] = defaultdict(list)
-    unknown = set()
-    for record in layers:
-        if record["grad_norm.total"] is None:
-            unknown.add(record["step"])
-        else:
-            squares[record["step"]].append(record["grad_norm.total"] ** 2)
+def minimum_norm(steps: Iterable[tuple[int, Iterable[tuple[str, float]]]]) -> list[Record]:
+    """For each step the least of the named norms; the first that is NaN, if one is."""
     found = []
-    for step, parts in squares.items():
-        if step in losses and step not in unknown:
-            total, loss = math.fsum(parts), losses[step]
+    for step, norms in steps:
+        least = min(norms, key=lambda norm: (not math.isnan(norm[1]), norm[1]), default=None)
+        if least is not None:
+            found.append({"step": step, "minimum_norm": least[1], "name": least[0]})
+    return found
+
+
+def gradient_over_loss(steps: Iterable[tuple[int, Sequence[float], float]]) -> list[Record]:
+    """For each step with its gradient norms and loss the sum of the squares, the loss, and the one over the other."""
+    found = []
+    for step, norms, loss in steps:
+        if norms and all(map(math.isfinite, norms)):
+            total = math.fsum(norm**2 for norm in norms)
             ratio = plain_number(total / loss) if loss else None
             found.append({"step": step, "squared_gradient_norm": total, "loss": plain_number(loss), "ratio": ratio})
     return found
@@ -70,8 +68,9 @@ def gradient_over_loss(layers: Iterable[Record], losses: Mapping[int, float]) ->
 
 def to_jsonl(path: Any, records: Iterable[Record]) -> None:
     """One JSON object per line."""
+    line = json.JSONEncoder(allow_nan=False).encode
     with Path(path).open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        out.writelines(line(record) + "\n" for record in records)
 
 
 def to_pandas(records: Sequence[Record]) -> Any:
@@ -80,7 +79,7 @@ def to_pandas(records: Sequence[Record]) -> Any:
 
 
 def to_tensorboard(
-    writer: Any, statistic: str, layers: Sequence[Record], minimum: Sequence[Record], ratios: Sequence[Record]
+    writer: Any, statistic: str, layers: Iterable[Record], minimum: Sequence[Record], ratios: Sequence[Record]
 ) -> None:
     """Scalars by step. ``writer`` is a SummaryWriter, or anything else with ``add_scalar``."""
     if not callable(getattr(writer, "add_scalar", None)):
@@ -99,9 +98,9 @@ def to_tensorboard(
                 writer.add_scalar(tag, record[key], record["step"])
 
 
-def plot(path: Any, figures: Sequence[str], curve: Curves, minimum: Sequence[Record], ratios: Sequence[Record]) -> None:
+def plot(path: Any, means: Mapping[str, Curves], minimum: Sequence[Record], ratios: Sequence[Record]) -> None:
     """A panel for each figure with a line per parameter, then the derived curves."""
-    panels = {f"{figure} (mean over groups)": curve(figure) for figure in figures}
+    panels = {f"{figure} (mean over groups)": curves for figure, curves in means.items()}
     panels["minimum norm over groups of weights"] = {"": [(r["step"], r["minimum_norm"]) for r in minimum]}
     if ratios:
         points = [(r["step"], r["ratio"]) for r in ratios if r["ratio"] is not None]
@@ -111,7 +110,7 @@ def plot(path: Any, figures: Sequence[str], curve: Curves, minimum: Sequence[Rec
     for axes, (title, lines) in zip(drawing.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
         for name, points in lines.items():
             axes.plot([step for step, _ in points], [value for _, value in points], label=name, linewidth=1)
-        values = [value for points in lines.values() for _, value in points]
+        values = [value for points in lines.values() for _, value in points if math.isfinite(value)]
         if values and min(values) > 0:
             axes.set_yscale("log")
         axes.set(title=title, xlabel="step")

@@ -27,6 +27,8 @@ class Part(NamedTuple):
 
     layout: Layout
     values: Tensor
+    lengths: Tensor | None = None
+    """The counts of the layout on the device of figures that are not reduced yet; None where these are on the CPU."""
 
 
 @dataclass(slots=True)
@@ -39,7 +41,7 @@ class Reading:
 
     def rows(self) -> Iterator[tuple[str, Tensor]]:
         """Name and rows of each parameter, of a reading in full."""
-        for layout, values in self.parts:
+        for layout, values, _ in self.parts:
             yield from zip(layout.names, values.split(list(layout.counts)), strict=True)
 
 
@@ -50,22 +52,25 @@ class Store:
         self._room = full
         self._full: deque[Reading] = deque()
         self._reduced: deque[Reading] = deque(maxlen=reduced)
-        self._lengths: dict[tuple[Layout, torch.device], Tensor] = {}
 
     def add(self, reading: Reading) -> None:
         """Keeps a reading; one that is too old for its place is reduced, one that is too old for that is dropped."""
-        for layout, values in reading.parts:
-            self._lengths_on(layout, values.device)  # now, so that reading it later brings nothing to the device
         self._full.append(reading)
         while len(self._full) > self._room:
             oldest = self._full.popleft()
             if self._reduced.maxlen:
-                self._reduced.append(self._reduction(oldest))
+                self._reduced.append(_reduction(oldest))
 
     def clear(self) -> None:
         """Drops all of them."""
         self._full.clear()
         self._reduced.clear()
+
+    def drop_after(self, step: int) -> None:
+        """Drops the readings of later steps."""
+        for readings in (self._full, self._reduced):
+            while readings and readings[-1].step > step:
+                readings.pop()
 
     def all(self) -> list[Reading]:
         """Every reading, where it is and as it is: for what is known on the host."""
@@ -78,37 +83,38 @@ class Store:
 
     def reduced(self) -> list[Reading]:
         """All readings reduced, on the CPU."""
-        fresh = [self._reduction(reading) for reading in self._full]
+        fresh = [_reduction(reading) for reading in self._full]
         _bring_home(self._reduced)
         _bring_home(fresh)
         return [*self._reduced, *fresh]
 
-    def _lengths_on(self, layout: Layout, device: torch.device) -> Tensor:
-        key = layout, device
-        if key not in self._lengths:
-            pinned = torch.tensor(layout.counts, pin_memory=device.type == "cuda")
-            self._lengths[key] = pinned.to(device, non_blocking=True)
-        return self._lengths[key]
 
-    def _reduction(self, reading: Reading) -> Reading:
-        """Minimum, mean, maximum and total (the root of the sum of squares) of each parameter's groups."""
-        parts = []
-        for layout, values in reading.parts:
-            if values.device.type == "cpu" and library.why_not() is None:
-                found = values.new_empty(len(layout.counts), 4, values.shape[1])
-                torch.ops.fastwrs.reduce_measured(values, layout.counts, found)
-                parts.append(Part(layout, found))
-                continue
-            lengths = self._lengths_on(layout, values.device)
-            wide = values.double()
+def lengths_on(counts: Iterable[int], device: torch.device) -> Tensor:
+    """The counts of a layout on a device, brought there without waiting for it."""
+    # A default device would move them, and only memory of the CPU can be pinned.
+    there = torch.tensor(list(counts), device="cpu", pin_memory=device.type == "cuda")
+    return there.to(device, non_blocking=True)
 
-            def over(of: Tensor, how: str, lengths: Tensor = lengths) -> Tensor:
-                # `unsafe` leaves out a check of the lengths that would wait for the device.
-                return torch.segment_reduce(of, how, lengths=lengths, axis=0, unsafe=True)
 
-            found = over(values, "min"), over(wide, "mean"), over(values, "max"), over(wide.square(), "sum").sqrt()
-            parts.append(Part(layout, torch.stack([one.float() for one in found], dim=1)))
-        return Reading(reading.step, reading.loss, parts)
+def _reduction(reading: Reading) -> Reading:
+    """Minimum, mean, maximum and total (the root of the sum of squares) of each parameter's groups."""
+    parts = []
+    for layout, values, known in reading.parts:
+        if values.device.type == "cpu" and library.why_not() is None:
+            found = values.new_empty(len(layout.counts), 4, values.shape[1])
+            torch.ops.fastwrs.reduce_measured(values, layout.counts, found)
+            parts.append(Part(layout, found))
+            continue
+        lengths = lengths_on(layout.counts, values.device) if known is None else known
+        wide = values.double()
+
+        def over(of: Tensor, how: str, lengths: Tensor = lengths) -> Tensor:
+            # `unsafe` leaves out a check of the lengths that would wait for the device.
+            return torch.segment_reduce(of, how, lengths=lengths, axis=0, unsafe=True)
+
+        found = over(values, "min"), over(wide, "mean"), over(values, "max"), over(wide.square(), "sum").sqrt()
+        parts.append(Part(layout, torch.stack([one.float() for one in found], dim=1)))
+    return Reading(reading.step, reading.loss, parts)
 
 
 def _bring_home(readings: Iterable[Reading]) -> None:
@@ -121,4 +127,4 @@ def _bring_home(readings: Iterable[Reading]) -> None:
     for found in away.values():
         together = torch.stack([reading.parts[k].values for reading, k in found]).cpu()
         for (reading, k), values in zip(found, together, strict=True):
-            reading.parts[k] = reading.parts[k]._replace(values=values)
+            reading.parts[k] = Part(reading.parts[k].layout, values)

@@ -32,6 +32,10 @@ MAX_DIMS = 63
 """The dimensions that an axis can name: a bitmask of them is a signed 64-bit integer."""
 _USUAL = (Tensor, torch.nn.Parameter)
 _PLAIN_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
+_FLAT = (
+    "a flat parameter of FSDP1, weights one behind the other without channels; use_orig_params=True keeps their shapes "
+    "where nothing is sharded (ShardingStrategy.NO_SHARD)"
+)
 _grad_of, _ndim_of = attrgetter("grad"), attrgetter("ndim")
 
 
@@ -229,6 +233,8 @@ def checked_mask(group: Group, g: int, i: int, axis: Axis | None) -> int:
     param = group["params"][i]
     if axis is None or torch.nn.parameter.is_lazy(param):
         return 0
+    if is_flat(param):
+        raise ValueError(f"{label(group, g, i)}: it is {_FLAT}")
     try:
         if param.is_complex():
             raise ValueError("complex parameters are not rescaled or shrunk")
@@ -238,6 +244,11 @@ def checked_mask(group: Group, g: int, i: int, axis: Axis | None) -> int:
             f"{label(group, g, i)}: {error}. fastwrs.param_groups(model) puts the parameters that can be rescaled "
             "into groups of their own"
         ) from None
+
+
+def is_flat(param: Tensor) -> bool:
+    """Whether FSDP1 has made the parameter of others, one behind the other, or of a part of them."""
+    return getattr(param, "_is_flat_param", False)
 
 
 def state_dtype_for(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
@@ -298,6 +309,8 @@ def _why_not(rule: Rule, param: Tensor, grad: Tensor, mine: State, slots: tuple[
     """Why a parameter cannot take a step, or None if it can."""
     if why := why_not_plain(param, "the parameter") or why_not_plain(grad, "its gradient"):
         return why
+    if rule.look is not None and is_flat(param):
+        return f"it is {_FLAT}"
     if param.device.type == "meta":
         return "the parameter is on the meta device, where tensors have no memory"
     if overlaps_itself(param):

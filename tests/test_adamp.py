@@ -317,6 +317,48 @@ def test_the_authors_state_dict_loads(name: str, way: str) -> None:
         torch.testing.assert_close(a.detach(), b.detach(), rtol=FP64, atol=FP64)
 
 
+def with_caution(state_dict: dict[str, Any], caution: bool, **more: Any) -> dict[str, Any]:
+    """As timm has it since 1.0.26: the authors' form, and one option more."""
+    groups = [{**group, "caution": caution, **more} for group in state_dict["param_groups"]]
+    return {**through_file(state_dict), "param_groups": groups}
+
+
+@by_way
+@by_name
+def test_timms_state_dict_loads(name: str, way: str) -> None:
+    """Its SGDP projects a copy, so that the buffer stays what it was."""
+    theirs = [nn.Parameter(w) for w in start()]
+    other = authors(name, clones=True)(theirs, **options(name))
+    step_all([other], way, range(5))
+    ours = copies(theirs)
+    optimizer = getattr(fastwrs, name)(ours, lr=0.9)
+    optimizer.load_state_dict(with_caution(other.state_dict(), caution=False))
+    step_all([other, optimizer], way, range(5, 12))
+    assert set(other.ways) == {way}
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=FP64, atol=FP64)
+    assert optimizer.param_groups[0].get("project_momentum") is (False if name == "SGDP" else None)
+
+
+def test_project_momentum_of_the_dict_wins_over_what_caution_says() -> None:
+    saved = authors("SGDP")([nn.Parameter(w) for w in start()], lr=0.1).state_dict()
+    optimizer = fastwrs.SGDP([nn.Parameter(w) for w in start()], lr=0.1)
+    optimizer.load_state_dict(with_caution(saved, caution=False, project_momentum=True))
+    assert optimizer.param_groups[0]["project_momentum"] is True
+    optimizer.param_groups[0]["caution"] = True  # a user's key, of no meaning to us: what we save we load
+    optimizer.load_state_dict(through_file(optimizer.state_dict()))
+    assert optimizer.param_groups[0]["project_momentum"] is True
+
+
+@by_name
+def test_cautious_updates_are_refused(name: str) -> None:
+    saved = authors(name)([nn.Parameter(w) for w in start()], lr=0.1).state_dict()
+    optimizer = getattr(fastwrs, name)([nn.Parameter(w) for w in start()], lr=0.2)
+    with pytest.raises(ValueError, match=f"param group 0 .* caution=True: {name} has no cautious updates"):
+        optimizer.load_state_dict(with_caution(saved, caution=True))
+    assert optimizer.param_groups[0]["lr"] == 0.2 and "caution" not in optimizer.param_groups[0]
+
+
 @pytest.mark.parametrize("counts", [float, int])
 @by_way
 def test_our_state_dict_loads_into_the_authors_adamp(way: str, counts: type) -> None:

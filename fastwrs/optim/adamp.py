@@ -32,8 +32,8 @@ class AdamP(FusedOptimizer):
         w = w * target / |w|                          for each norm group, if rescale (then there is no shrink)
 
     One decision for each tensor, made where the tensor is: nothing is waited for, and any layout will do. The arguments
-    up to ``nesterov`` are those of the authors' package, whose state dicts load. With states in bf16 the step is made
-    of the moments as they are stored.
+    up to ``nesterov`` are those of the authors' package, whose state dicts load, and timm's where ``caution`` is False.
+    With states in bf16 the step is made of the moments as they are stored.
 
     Args:
         params, lr, betas, eps: as in :class:`fastwrs.Adam`.

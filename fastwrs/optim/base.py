@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
@@ -82,7 +83,8 @@ class FusedOptimizer(Optimizer):
         scope = Scope.NOTHING
         for watcher in watchers:
             scope = max(scope, watcher.before_step())
-        launches = self._take_step(scope)
+        # In a function that is compiled a step is one graph break, without guards that a new learning rate would fail.
+        launches = self._opaque_step(scope) if torch.compiler.is_compiling() else self._take_step(scope)
         if watchers:
             measured = [
                 Measured(bundle.rows[scope], call.measured) for bundle, call in launches if call.measured is not None
@@ -150,6 +152,9 @@ class FusedOptimizer(Optimizer):
         assert launches is not None
         return launches
 
+    # Not torch.compiler.disable, which imports the compiler at once: that takes seconds.
+    _opaque_step = _disable_dynamo(_take_step)
+
     def _refreshed(self) -> Records:
         """The records of the param groups as they are now."""
         rule = self.rule_for(self.param_groups)
@@ -175,9 +180,9 @@ class FusedOptimizer(Optimizer):
         """What GradScaler has left: the scale and ``found_inf``. The latter is the number 0 if no gradient was seen."""
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scale is not None and not isinstance(scale, Tensor):
-            scale = torch.tensor(float(scale), dtype=torch.float32)
+            scale = torch.tensor(float(scale), dtype=torch.float32, device="cpu")
         if found_inf is not None and not isinstance(found_inf, Tensor):
-            found_inf = None if found_inf == 0 else torch.tensor(float(found_inf), dtype=torch.float32)
+            found_inf = None if found_inf == 0 else torch.tensor(float(found_inf), dtype=torch.float32, device="cpu")
         return scale, found_inf
 
     def _launches(self, plan: Plan, records: Records, scope: Scope) -> Launches | None:

@@ -78,6 +78,8 @@ def converted(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> tuple
     for g, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         _check_kind(optimizer, saved, g)
         by_us.append("rescale" in saved)
+        if not by_us[-1]:
+            _read_timms(optimizer, saved, g)
         ids = saved.pop("params")
         saved.update({name: made_of(saved[name]) for name, made_of in _OPTIONS.items() if name in saved})
         merged = {**group, **saved}
@@ -156,6 +158,20 @@ def _check_kind(optimizer: FusedOptimizer, saved: Mapping[str, Any], g: int) -> 
                 f"param group {g} of the state dict has the options of {name}: it is not that of "
                 f"{type(optimizer).__name__}. It has {', '.join(sorted(map(str, there)))}"
             )
+
+
+def _read_timms(optimizer: FusedOptimizer, saved: dict[str, Any], g: int) -> None:
+    """Says of a group of timm's optimizers what we call otherwise, and refuses what we cannot do.
+
+    Its groups have ``caution`` since 1.0.26, and from then on its SGDP leaves the momentum buffer unprojected.
+    """
+    if saved.get("caution"):
+        raise ValueError(
+            f"param group {g} of the state dict has caution={saved['caution']!r}: {type(optimizer).__name__} has no "
+            f"cautious updates, and would train differently"
+        )
+    if "caution" in saved and "project_momentum" in optimizer.defaults:
+        saved.setdefault("project_momentum", False)
 
 
 @functools.cache

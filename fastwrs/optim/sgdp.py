@@ -27,7 +27,8 @@ class SGDP(FusedOptimizer):
         w   = w * target / |w|                            for each norm group, if rescale (then there is no shrink)
 
     The gate is that of :class:`fastwrs.AdamP`. The arguments up to ``wd_ratio`` are those of the authors' package,
-    whose state dicts load: their buffer is called ``momentum``, ours ``momentum_buffer``.
+    whose state dicts load: their buffer is called ``momentum``, ours ``momentum_buffer``. So do timm's, known by their
+    option ``caution`` (since timm 1.0.26), which has to be False: they set ``project_momentum`` to False.
 
     Args:
         params, lr: as in :class:`fastwrs.SGD`; the learning rate has no default.
@@ -37,7 +38,7 @@ class SGDP(FusedOptimizer):
         nesterov: looks one step ahead.
         eps, delta, wd_ratio: as in :class:`fastwrs.AdamP`.
         project_momentum: in the authors' code step and buffer are one tensor without nesterov, so that the projection
-            changes the buffer too. True does as they do, False leaves the buffer alone.
+            changes the buffer too. True does as they do; False leaves the buffer alone, as timm since 1.0.26.
         maximize, foreach, fused, differentiable: as in torch.optim; the middle two are accepted and ignored, the last
             one is refused.
         rescale, shrink, state_dtype, backend: as in :class:`fastwrs.SGD`.
