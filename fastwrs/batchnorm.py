@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import operator
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastwrs.batchnorm_pairs import LAYERS, InputShape, Pair, channels_of, find, named
+from fastwrs.batchnorm_pairs import LAYERS, InputShape, Names, Pair, channels_of, find, listed, resolve, resolve_named
 from fastwrs.measuring import Measured, Scope, group_count
 from fastwrs.optim.base import FusedOptimizer
 from fastwrs.options import axis_mask, common_axis
@@ -24,54 +26,48 @@ _FACTORS = MEASURED.index("rescale_factor"), MEASURED.index("shrink_factor")
 
 
 class BatchNormFollower:
-    """What :func:`follow_batchnorm` returns."""
+    """What :func:`follow_batchnorm` returns. A step that finds other parameters or options brings it up to date."""
 
     pairs: dict[str, tuple[str, ...]]
     """The BatchNorm layers behind each layer, by their names in the model."""
     unpaired: tuple[str, ...]
-    """Layers that are rescaled or shrunk without a BatchNorm that follows, as the head is."""
+    """What is rescaled or shrunk without a BatchNorm that follows: layers by their names, as the head, and parameters
+    that are no layer's weight by theirs, as ``"0.weight_orig"``."""
 
     def __init__(self, model: nn.Module, optimizer: FusedOptimizer, pairs: Pairs | None = None) -> None:
-        self._optimizer = optimizer
-        placed = {param: g for g, group in enumerate(optimizer.param_groups) for param in group["params"]}
-        found = find(model, placed) if pairs is None else named(model, placed, pairs)
-        self._pairs: dict[Tensor, list[Pair]] = {}
-        self.pairs = {}
-        for pair in found:
-            self._pairs.setdefault(pair.layer.weight, []).append(pair)
-            self.pairs[pair.layer_name] = (*self.pairs.get(pair.layer_name, ()), pair.norm_name)
-        self._biases = {pair.layer.bias: pair for pair in found if pair.layer.bias is not None}
-        self._seen: list[Any] = []
-        self._scope = Scope.NOTHING
-        self._check()
-        _claim(found, self)
-        self._shapes = [(pair, InputShape(pair.norm)) for pair in found if isinstance(pair.layer, nn.Linear)]
-        groups = optimizer.param_groups
-        self.unpaired = tuple(
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, LAYERS)
-            and name not in self.pairs
-            and module.weight in placed
-            and _axis(groups[placed[module.weight]]) is not None
-        )
+        # Weak: the optimizer holds its watchers, and goes at once when nobody else holds it.
+        self._optimizer = weakref.ref(optimizer)
+        self._model = model
+        self._named = pairs is not None
+        self._names: Names = find(model) if pairs is None else list(listed(pairs))
+        self._paired: list[Pair] = []
+        self._projected: dict[Tensor, list[Pair]] = {}
+        self._shapes: dict[nn.Module, InputShape] = {}
+        self._looked_at: list[tuple[Pair, dict[str, Tensor | None], InputShape | None]] = []
+        self._refresh(optimizer, needed=True)
+        self._seen = _seen(optimizer)
         optimizer.watch(self)
 
     def before_step(self) -> Scope:
         """Called by the optimizer: refuses options that leave no common factor per channel."""
-        for pair, shape in self._shapes:
-            if shape.ndim not in (None, 2):
+        optimizer = self._optimizer()
+        assert optimizer is not None, "it is the one that calls"
+        seen = _seen(optimizer)
+        if len(seen) != len(self._seen) or not all(map(operator.is_, seen, self._seen)):
+            self._refresh(optimizer)
+            self._seen = seen
+        for pair, buffers, shape in self._looked_at:
+            if buffers.get("running_mean") is None or buffers.get("running_var") is None:
+                raise ValueError(
+                    f"follow_batchnorm: {pair.norm_name!r} has lost its running statistics since it was paired with "
+                    f"{pair.layer_name!r}: remove() this follower, and follow anew without the pair"
+                )
+            if shape is not None and shape.ndim not in (None, 2):
                 raise ValueError(
                     f"follow_batchnorm: {pair.norm_name!r} was called on {shape.ndim} dimensions, where its channels "
                     f"are not those of the Linear layer {pair.layer_name!r}: name the pairs without this one"
                 )
-        # An option is frozen: the same object is the same option.
-        groups = self._optimizer.param_groups
-        seen = [[id(group["rescale"]), id(group["shrink"]), *map(id, group["params"])] for group in groups]
-        if seen != self._seen:
-            self._check()
-            self._seen = seen
-        return self._scope
+        return Scope.PROJECTED if self._projected else Scope.NOTHING
 
     def after_step(self, measured: list[Measured], loss: Any) -> None:  # noqa: ARG002 (the Watcher's)
         """Called by the optimizer: the statistics get the factors that the step has multiplied by."""
@@ -81,16 +77,14 @@ class BatchNormFollower:
             # NaN: a skipped step. 0: the channel is gone, and no statistics would keep what it was.
             factors = torch.where(factors.isfinite() & (factors > 0), factors, 1)
             of_params = zip(launch.rows.params, factors.split(launch.rows.counts), strict=True)
-            _follow([(pair, s) for param, s in of_params for pair in self._pairs.get(param, ())])
+            _follow([(pair, s) for param, s in of_params for pair in self._projected.get(param, ())])
 
     def remove(self) -> None:
         """The statistics follow no longer."""
-        self._optimizer.unwatch(self)
-        for pairs in self._pairs.values():
-            for pair in pairs:
-                _followers.pop(pair.norm, None)
-        for _, shape in self._shapes:
-            shape.handle.remove()
+        if (optimizer := self._optimizer()) is not None:
+            optimizer.unwatch(self)
+        for pair in self._paired:
+            self._release(pair.norm)
 
     def __enter__(self) -> BatchNormFollower:
         return self
@@ -101,21 +95,43 @@ class BatchNormFollower:
     def __repr__(self) -> str:
         return f"BatchNormFollower(pairs={self.pairs}, unpaired={self.unpaired})"
 
-    def _check(self) -> None:
-        """Every paired weight that is projected has one factor per channel, or one for all."""
-        self._scope = Scope.NOTHING
-        for group in self._optimizer.param_groups:
-            axis = _axis(group)
-            for param in group["params"] if axis is not None else ():
-                if (of := self._biases.get(param)) is not None:
-                    raise ValueError(
-                        f"follow_batchnorm: parameter '{of.layer_name}.bias' is rescaled or shrunk too, and "
-                        f"{of.norm_name!r} can follow the weight alone. fastwrs.param_groups(model) leaves biases as "
-                        "they are"
-                    )
-                for pair in self._pairs.get(param, ()):
-                    _check_axis(pair, axis)
-                    self._scope = Scope.PROJECTED
+    def _refresh(self, optimizer: FusedOptimizer, *, needed: bool = False) -> None:
+        """Finds pairs and ``unpaired`` for the parameters and options as they are now. On an error nothing changes."""
+        groups = optimizer.param_groups
+        axes = {param: axis for group in groups for axis in (_axis(optimizer, group),) for param in group["params"]}
+        if self._named:
+            found = resolve_named(self._model, self._names, axes, needed=needed)
+        else:
+            found = resolve(self._model, self._names, axes)
+        _check(found, axes)
+        _claim(found, self)
+
+        for norm in {pair.norm for pair in self._paired} - {pair.norm for pair in found}:
+            self._release(norm)
+        self._paired, self._projected, self.pairs = found, {}, {}
+        for pair in found:
+            self.pairs[pair.layer_name] = (*self.pairs.get(pair.layer_name, ()), pair.norm_name)
+            if axes[pair.layer.weight] is not None:
+                self._projected.setdefault(pair.layer.weight, []).append(pair)
+            if isinstance(pair.layer, nn.Linear) and pair.norm not in self._shapes:
+                self._shapes[pair.norm] = InputShape(pair.norm)
+        projected = [pair for pairs in self._projected.values() for pair in pairs]
+        # A module finds its attributes slowly, and every step looks at these.
+        self._looked_at = [(pair, pair.norm._buffers, self._shapes.get(pair.norm)) for pair in projected]
+        layers = {pair.layer for pair in found}
+        self.unpaired = tuple(
+            layer if isinstance(module, LAYERS) and name == "weight" else f"{layer}.{name}".removeprefix(".")
+            for layer, module in self._model.named_modules()
+            for name, param in module._parameters.items()
+            if param is not None and axes.get(param) is not None and not (module in layers and name == "weight")
+        )
+
+    def _release(self, norm: nn.Module) -> None:
+        """Gives up a BatchNorm, if it is not another follower's by now."""
+        if (shape := self._shapes.pop(norm, None)) is not None:
+            shape.remove(norm)
+        if (holder := _followers.get(norm)) is not None and holder() is self:
+            del _followers[norm]
 
 
 def follow_batchnorm(model: nn.Module, optimizer: FusedOptimizer, pairs: Pairs | None = None) -> BatchNormFollower:
@@ -150,18 +166,23 @@ def follow_batchnorm(model: nn.Module, optimizer: FusedOptimizer, pairs: Pairs |
         model: holds the layers (``Linear``, ``Conv*d``, ``ConvTranspose*d``) and the BatchNorm layers.
         optimizer: a fastwrs optimizer; its options may change later.
         pairs: None finds the pairs with ``torch.fx``: a BatchNorm that is called on the output of a layer, or of
-            ``Identity`` or ``Dropout`` behind it, and always on that of the same layer. Otherwise the names of the
-            modules, ``{"conv1": "bn1"}`` or ``[("conv1", "bn1")]``, and no others are followed.
+            ``Identity`` or ``Dropout`` behind it, and always on that of the same layer, where nothing else uses that
+            output, and the layer computes what torch's own class does (no ``forward`` of a subclass, no forward
+            hook). Otherwise the names of the modules, ``{"conv1": "bn1"}`` or ``[("conv1", "bn1")]``; they are taken
+            as they are, and no others are followed.
 
     Returns:
-        An object with ``pairs``, ``unpaired`` (the layers that are rescaled or shrunk and have no pair) and
-        ``remove()``. It can be used as a context manager.
+        An object with ``pairs``, ``unpaired`` (what is rescaled or shrunk and has no pair) and ``remove()``. It can be
+        used as a context manager. It follows for as long as the optimizer lives, whether it is kept or not. Parameters
+        that are replaced, come or go, and options that are changed, are looked up by the next step, by the names of
+        the modules.
 
     Raises:
         TypeError: the optimizer is not one of fastwrs, the model no module.
         ValueError: the model cannot be traced and no pairs are given; a name is wrong; two modules do not go together;
-            the axis has no common factor per channel: ``"in"`` with a kernel of more than one position. Changed
-            options are refused in the same way by the next step, before it has changed anything.
+            the axis has no common factor per channel: ``"in"`` with a kernel of more than one position; another
+            follower has the BatchNorm. Changed options are refused in the same way by the next step, before it has
+            changed anything, and so is a BatchNorm that has lost its running statistics.
 
     Source: from the definition of BatchNorm (Ioffe and Szegedy, ICML 2015) and Liu et al., *Weight Rescaling*.
     """
@@ -172,8 +193,33 @@ def follow_batchnorm(model: nn.Module, optimizer: FusedOptimizer, pairs: Pairs |
     return BatchNormFollower(model, optimizer, pairs)
 
 
-def _axis(group: Mapping[str, Any]) -> Any:
-    return common_axis(group["rescale"], group["shrink"])
+def _axis(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> Any:
+    """Of a group that was put into the list by hand too: it gets the defaults when the step begins."""
+    rescale, shrink = (group.get(name, optimizer.defaults[name]) for name in ("rescale", "shrink"))
+    return common_axis(rescale, shrink)
+
+
+def _seen(optimizer: FusedOptimizer) -> list[Any]:
+    """What pairs depend on, to be compared by identity. An option is frozen: the same object is the same option."""
+    seen: list[Any] = []
+    for group in optimizer.param_groups:
+        seen += (group.get(name, optimizer.defaults[name]) for name in ("rescale", "shrink"))
+        seen += group["params"]
+    return seen
+
+
+def _check(pairs: list[Pair], axes: Mapping[Tensor, Any]) -> None:
+    """Every paired weight that is projected has one factor per channel, or one for all, and its bias has none."""
+    for pair in pairs:
+        bias = pair.layer.bias
+        if bias is not None and axes.get(bias) is not None:
+            raise ValueError(
+                f"follow_batchnorm: parameter '{pair.layer_name}.bias' is rescaled or shrunk too, and "
+                f"{pair.norm_name!r} can follow the weight alone. fastwrs.param_groups(model) leaves biases as "
+                "they are"
+            )
+        if (axis := axes[pair.layer.weight]) is not None:
+            _check_axis(pair, axis)
 
 
 def _check_axis(pair: Pair, axis: Any) -> None:
@@ -201,14 +247,22 @@ _followers: WeakKeyDictionary[nn.Module, weakref.ref[BatchNormFollower]] = WeakK
 
 
 def _claim(pairs: list[Pair], follower: BatchNormFollower) -> None:
+    if any(_taken(pair.norm, follower) for pair in pairs):
+        gc.collect()  # an optimizer that was dropped may still wait for the collector, and its follower with it
     for pair in pairs:
-        other = _followers.get(pair.norm)
-        if other is not None and other() is not None:
+        if _taken(pair.norm, follower):
             raise ValueError(
                 f"follow_batchnorm: {pair.norm_name!r} is followed already; remove() that follower before another comes"
             )
     for pair in pairs:
         _followers[pair.norm] = weakref.ref(follower)
+
+
+def _taken(norm: nn.Module, follower: BatchNormFollower) -> bool:
+    """Whether another follower has it whose optimizer can still take a step."""
+    holder = _followers.get(norm)
+    other = None if holder is None else holder()
+    return other is not None and other is not follower and other._optimizer() is not None
 
 
 @torch.no_grad()

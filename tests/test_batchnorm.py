@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -13,6 +15,7 @@ from calls import one_thread
 from networks import ResNet18, batch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import fastwrs
 from fastwrs.measuring import Measured, Rows, Scope
@@ -20,8 +23,10 @@ from fastwrs.measuring import Measured, Rows, Scope
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("backend")]
 
 Network = TypeVar("Network", bound=nn.Module)
+Use = Callable[[Any, Tensor], Any]
 
 OUT = fastwrs.Rescale()
+BIG = fastwrs.Rescale(target=4.0)
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +177,8 @@ def test_what_has_no_pair_is_listed() -> None:
     groups = fastwrs.param_groups(model, rescale=OUT)
     groups[0]["params"] = [p for p in groups[0]["params"] if p is not model.left.weight]  # no matter then
     groups[0]["param_names"].remove("left.weight")
-    follower = fastwrs.follow_batchnorm(model, fastwrs.SGD(groups, lr=0.1))
+    optimizer = fastwrs.SGD(groups, lr=0.1)
+    follower = fastwrs.follow_batchnorm(model, optimizer)
     assert follower.pairs == {}
     assert follower.unpaired == ("alone", "first", "second", "fresh")
     assert "unpaired=('alone'" in repr(follower)
@@ -260,7 +266,7 @@ def test_following_reads_nothing_back() -> None:
     follower = fastwrs.follow_batchnorm(model, optimizer)
     model.to("meta")
     assert follower.before_step() is Scope.PROJECTED
-    followed = follower._pairs.keys()
+    followed = follower._projected.keys()
     follower.after_step([Measured(Rows(list(followed), [4]), torch.empty(4, 8, device="meta"))], None)
     assert model[1].running_mean.is_meta  # type: ignore[union-attr]
 
@@ -281,16 +287,25 @@ def test_an_axis_without_a_common_factor_is_refused() -> None:
     assert fastwrs.follow_batchnorm(model, optimizer).pairs == {"0": ("1",)}
 
 
-def test_options_that_change_later_are_refused_before_the_step() -> None:
+@pytest.mark.parametrize("change", ["axis", "statistics"])
+def test_what_changes_later_is_refused_before_the_step(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    # An id comes back once its object is gone: here every object has the same.
+    monkeypatch.setattr("fastwrs.batchnorm.id", lambda _: 0, raising=False)
     model = small()
     optimizer = fastwrs.SGD(fastwrs.param_groups(model, rescale=OUT), lr=0.1)
     fastwrs.follow_batchnorm(model, optimizer)
     zero_gradients(model)
     optimizer.step()
+    message = (
+        "has axis 'in'" if change == "axis" else "'1' has lost its running statistics since it was paired with '0'"
+    )
+    if change == "axis":
+        optimizer.param_groups[0]["rescale"] = fastwrs.Rescale(axis="in", target=9.0)
+    else:
+        model[1].running_mean = None  # type: ignore[assignment]
     before = [param.detach().clone() for param in model.parameters()] + statistics(model)
-    optimizer.param_groups[0]["rescale"] = fastwrs.Rescale(axis="in", target=9.0)
     for _ in range(2):
-        with pytest.raises(ValueError, match="has axis 'in'"):
+        with pytest.raises(ValueError, match=message):
             optimizer.step()
     after = [param.detach() for param in model.parameters()] + statistics(model)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -385,7 +400,7 @@ def test_channels_that_are_no_features_are_refused_before_anything_is_changed() 
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     model(torch.randn(8, 5, 9))
     optimizer.step()
-    assert not model[1]._forward_pre_hooks
+    assert not model[1]._forward_hooks and not hasattr(model[1], "_fastwrs_input_shape")
     copy.deepcopy(model)
 
 
@@ -407,15 +422,28 @@ def test_parameters_that_change_places_are_looked_at_again() -> None:
     assert all(map(torch.equal, before, model.parameters()))
 
 
-def test_two_followers_of_one_batchnorm_are_refused() -> None:
-    model = small()
-    optimizer = fastwrs.SGD(fastwrs.param_groups(model, rescale=OUT), lr=0.1)
-    with fastwrs.follow_batchnorm(model, optimizer), pytest.raises(ValueError, match="is followed already"):
-        fastwrs.follow_batchnorm(model, optimizer)
-    fastwrs.follow_batchnorm(model, optimizer)
+def test_one_follower_at_a_time_for_as_long_as_its_optimizer_lives(images: Tensor) -> None:
+    model = nn.Sequential(*small(), nn.BatchNorm1d(2))
+
+    def phase() -> tuple[fastwrs.SGD, Any]:
+        optimizer = fastwrs.SGD(fastwrs.param_groups(model, rescale=BIG, head="skip"), lr=1.0)
+        return optimizer, weakref.ref(fastwrs.follow_batchnorm(model, optimizer))
+
+    optimizer, held = phase()
+    gc.collect()  # it goes on, held by the optimizer alone, and while it is held by the user alone it is over
+    follower = held()
+    assert follower is not None and kept(model, optimizer, images)
+    with pytest.raises(ValueError, match="is followed already"):
+        phase()
     del optimizer
-    gc.collect()  # nobody follows any more
-    fastwrs.follow_batchnorm(model, fastwrs.SGD(fastwrs.param_groups(model, rescale=OUT), lr=0.1))
+    optimizer, held = phase()
+    assert kept(model, optimizer, images)
+    follower.remove()
+    with pytest.raises(ValueError, match="is followed already"):
+        phase()
+    del follower, optimizer
+    optimizer, _ = phase()
+    assert kept(model, optimizer, images) and len(model[4]._forward_hooks) == 1
 
 
 def test_a_bias_that_is_projected_too_is_refused() -> None:
@@ -445,3 +473,127 @@ def test_a_channel_without_variance_stays_finite() -> None:
     zero_gradients(model)
     optimizer.step()
     assert evaluated(model, torch.zeros(1, 3, 2, 2)).isfinite().all()
+
+
+def kept(model: nn.Module, optimizer: fastwrs.SGD, images: Tensor) -> bool:
+    """Whether a step with gradients of 0 leaves the outputs in eval mode as they are."""
+    trained(model, images)
+    before, noise = evaluated(model, images), rounding(model, images)
+    zero_gradients(model)
+    optimizer.step()
+    return float((evaluated(model, images) - before).abs().max()) <= 4 * (noise + rounding(model, images))
+
+
+def test_replaced_and_late_parameters_are_followed(images: Tensor) -> None:
+    model = small()
+    optimizer = fastwrs.SGD([{"params": [model[3].weight]}, {"params": [model[0].weight], "rescale": BIG}], lr=1.0)
+    follower = fastwrs.follow_batchnorm(model, optimizer)
+    optimizer.param_groups[1]["params"][0] = model[0].weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+    assert kept(model, optimizer, images) and follower.pairs == {"0": ("1",)}
+    gone = optimizer.param_groups.pop()
+    assert kept(model, optimizer, images) and follower.pairs == {} and follower.before_step() is Scope.NOTHING
+    optimizer.add_param_group({"params": gone["params"], "rescale": fastwrs.Rescale(target=0.1)})
+    optimizer.param_groups[0]["rescale"] = OUT  # of the head, where it was not
+    zero_gradients(model)
+    optimizer.step()
+    assert follower.pairs == {"0": ("1",)} and follower.unpaired == ("3",)
+    optimizer.defaults["rescale"] = BIG
+    optimizer.param_groups[:] = [{"params": [model[0].weight]}]  # by hand: it gets the defaults
+    assert kept(model, optimizer, images) and follower.unpaired == ()
+
+
+class Used(nn.Module):
+    """Something else may use the layer's output, or its weight."""
+
+    def __init__(self, use: Use, layer: nn.Module | None = None, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.layer, self.norm = layer or nn.Conv2d(3, 4, 3), norm or nn.BatchNorm2d(4)
+        self.between, self.use = nn.Dropout(0.1), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.between(self.layer(x))
+        return self.norm(input=y) * y.shape[0] + self.use(self, y)
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's)
+        return F.conv2d(input, self.weight / self.weight.std(), self.bias)
+
+
+HOOKED = nn.Conv2d(3, 4, 3)
+HOOKED.register_forward_hook(lambda _module, _inputs, output: output * 2 + 1)
+
+
+@pytest.mark.parametrize(
+    ("use", "layer", "kept_one"),
+    [
+        (lambda _, y: y.size(0), None, True),
+        (lambda _, y: y, None, False),
+        (lambda model, _: model.layer.weight.sum(), None, False),
+        (lambda *_: 0, Standardized(3, 4, 3), False),
+        (lambda *_: 0, HOOKED, False),
+    ],
+)
+def test_layers_whose_outputs_cannot_be_kept_are_listed(
+    images: Tensor, use: Use, layer: nn.Module | None, kept_one: bool
+) -> None:
+    model = Used(use, copy.deepcopy(layer))
+    optimizer = fastwrs.SGD([{"params": [model.layer.weight], "rescale": BIG}], lr=1.0)
+    with fastwrs.follow_batchnorm(model, optimizer) as follower:
+        assert (follower.pairs, follower.unpaired) == (({"layer": ("norm",)}, ()) if kept_one else ({}, ("layer",)))
+        assert kept(model, optimizer, images) or not kept_one
+    assert fastwrs.follow_batchnorm(model, optimizer, {"layer": "norm"}).unpaired == ()  # the user knows
+
+
+def test_dimensions_are_seen_in_keyword_calls() -> None:
+    model = Used(lambda *_: 0, nn.Linear(9, 5), nn.BatchNorm1d(5))
+    optimizer = fastwrs.SGD([{"params": [model.layer.weight], "rescale": OUT}], lr=0.1)
+    fastwrs.follow_batchnorm(model, optimizer)
+    zero_gradients(model)
+    model(torch.randn(8, 5, 9))
+    with pytest.raises(ValueError, match="'norm' was called on 3 dimensions"):
+        optimizer.step()
+    optimizer.param_groups[0]["rescale"] = None  # no matter then
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+def test_a_followed_model_can_be_scripted_and_saved() -> None:
+    model, x = nn.Sequential(nn.Linear(9, 5), nn.BatchNorm1d(5)), torch.randn(8, 9)
+    optimizer = fastwrs.SGD([{"params": [model[0].weight], "rescale": OUT}], lr=0.1)
+    fastwrs.follow_batchnorm(model, optimizer)
+    assert torch.equal(torch.jit.script(model)(x), model(x)) and model[1]._forward_hooks
+    assert torch.equal(copy.deepcopy(model)(x), pickle.loads(pickle.dumps(model))(x))
+
+
+def test_parameters_of_no_layer_are_listed_by_their_names() -> None:
+    pruned, normed = nn.Conv2d(3, 4, 3), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    prune.random_unstructured(pruned, "weight", 0.3)
+    model = nn.Sequential(pruned, nn.BatchNorm2d(4), normed, nn.MultiheadAttention(4, 2), nn.Linear(4, 2))
+    optimizer = fastwrs.SGD([p for p in model.parameters() if p.ndim > 1], lr=0.1, rescale=OUT)
+    expected = "0.weight_orig", *(f"2.parametrizations.weight.original{i}" for i in (0, 1))
+    expected += "3.in_proj_weight", "3.out_proj", "4"
+    assert fastwrs.follow_batchnorm(model, optimizer, {}).unpaired == expected
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({"params": [model[1].weight], "rescale": fastwrs.Rescale(axis="tensor")})
+    assert fastwrs.follow_batchnorm(model, optimizer, {}).unpaired == ("1.weight",)
+
+
+def test_tracing_leaves_the_model_as_it_was() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.calls, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), 0, None
+            self.seen, self.noise = nn.Buffer(torch.zeros(2)), nn.Buffer(torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls, self.noise = self.calls + 1, torch.rand(2)
+            self.seen += 1
+            self.last = self.extra = self.conv(x)
+            return self.norm(self.last) + self.noise.sum()
+
+    model, state = Counting(), torch.get_rng_state()
+    optimizer = fastwrs.SGD([model.conv.weight], lr=0.1, rescale=OUT)
+    assert fastwrs.follow_batchnorm(model, optimizer).pairs == {"conv": ("norm",)}
+    assert (model.calls, model.last) == (0, None) and not hasattr(model, "extra")
+    assert not model.seen.any() and not model.noise.any() and torch.equal(state, torch.get_rng_state())
