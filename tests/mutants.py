@@ -180,8 +180,8 @@ MUTANTS = (
         "terms[kUpdate] = u * u;",
         "terms[kUpdate] = g * g;",
     ),
-    _sums("the rest of a row is its beginning", "at(whole + j, of_one);", "at(j, of_one);"),
-    _sums("the last turn of a block", "sums[k] += terms[k];", "sums[k] = terms[k];"),
+    _sums("the rest of a row is its beginning", "add(whole + j, j);", "add(j, j);"),
+    _sums("the last turn of a block", "sums[k][part] += terms[k];", "sums[k][part] = terms[k];"),
     _sums("one block of a row", "++blocks_;", "blocks_ = 1;"),
     # the update
     _updates(

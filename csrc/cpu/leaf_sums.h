@@ -211,38 +211,50 @@ constexpr int64_t kAhead = Accumulator<float>::kTurns * kLanes;
 #define FASTWRS_FETCHES __attribute__((always_inline))
 template <class T>
 FASTWRS_FETCHES inline void fetch(const T* x) {
-  for (int64_t j = 0; j < 16; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + j);
+  for (int64_t j = 0; j < kLanes; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + j);
 }
 
 // Calls at(i, terms) for n elements, one block at most, which gives a term of each of kSets sums: that of element i
-// goes to lane i % 64. `lanes`: [kSets, kLanes]; they begin here. ask(i) asks for the memory of the 16 elements from i
+// goes to lane i % 64. `lanes`: [kSets, kLanes]; they begin here. ask(i) asks for the memory of the 64 elements from i
 // on.
 template <int kSets, class C, class Ask, class At>
 inline void sum_block(int64_t n, C* __restrict lanes, const Ask& ask, const At& at) {
   using Wide = typename Sixteen<C>::type;
+  constexpr int64_t kParts = kLanes / 16;
+  const auto add = [&](int64_t i, int64_t lane) {
+    C terms[kSets];
+    at(i, terms);
+    for (int k = 0; k < kSets; ++k) lanes[k * kLanes + lane] += terms[k];
+  };
   const int64_t turns = n / kLanes, whole = turns * kLanes;
-  // 16 lanes through all turns, so that their sums stay in registers.
-  for (int64_t first = 0; first < kLanes; first += 16) {
-    Wide sums[kSets] = {};
-    for (int64_t begin = first; begin < whole; begin += kLanes) {
+  if constexpr (kSets == 1) {
+    for (int64_t j = 0; j < kParts; ++j) reinterpret_cast<Wide*>(lanes)[j] = Wide{};
+    for (int64_t begin = 0; begin < whole; begin += kLanes) {
       ask(begin + kAhead);
-      Wide terms[kSets];
 #pragma GCC ivdep
-      for (int64_t j = 0; j < 16; ++j) {
-        C of_one[kSets];
-        at(begin + j, of_one);
-        for (int k = 0; k < kSets; ++k) reinterpret_cast<C*>(terms + k)[j] = of_one[k];
-      }
-      for (int k = 0; k < kSets; ++k) sums[k] += terms[k];
+      for (int64_t j = 0; j < kLanes; ++j) add(begin + j, j);
     }
-    for (int k = 0; k < kSets; ++k) reinterpret_cast<Wide*>(lanes + k * kLanes + first)[0] = sums[k];
+  } else {
+    Wide sums[kSets][kParts] = {};
+    // More lanes than one sum has stay in registers through all turns, as far as there are enough of these.
+    for (int64_t begin = 0; begin < whole; begin += kLanes) {
+      ask(begin + kAhead);
+#pragma GCC unroll 4
+      for (int64_t part = 0; part < kParts; ++part) {
+        Wide terms[kSets];
+#pragma GCC ivdep
+        for (int64_t j = 0; j < 16; ++j) {
+          C of_one[kSets];
+          at(begin + part * 16 + j, of_one);
+          for (int k = 0; k < kSets; ++k) reinterpret_cast<C*>(terms + k)[j] = of_one[k];
+        }
+        for (int k = 0; k < kSets; ++k) sums[k][part] += terms[k];
+      }
+    }
+    std::memcpy(lanes, sums, sizeof sums);
   }
 #pragma GCC ivdep
-  for (int64_t j = 0; j < n - whole; ++j) {
-    C of_one[kSets];
-    at(whole + j, of_one);
-    for (int k = 0; k < kSets; ++k) lanes[k * kLanes + j] += of_one[k];
-  }
+  for (int64_t j = 0; j < n - whole; ++j) add(whole + j, j);
 }
 
 // The sums over a row of n elements: run(begin, n, lanes) makes those of a block, or of what is left, by sum_block.

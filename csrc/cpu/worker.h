@@ -552,7 +552,8 @@ class Worker {
     const TensorPlan& p = w.plan;
     for (int64_t j = 0; j < count; ++j) {
       C norm[kSums];
-      for (int k = 0; k < kSums; ++k) norm[k] = p.wants[k] ? square_root(sums_[k][first_sum + j]) : C(0);
+      for (int k = 0; k < kSums; ++k) norm[k] = p.wants[k] ? sums_[k][first_sum + j] : C(0);
+      for (int k = 0; k < kSums; ++k) norm[k] = square_root(norm[k]);  // all at once
       factor[j] = projection_factor(p.projection, norm[kBefore], norm[kUpdated]);
       if (call.norms) call.norms[w.view->norm_row + p.geometry.norm_row(group + j)] = norm[kUpdated];
       if (call.measured && w.view->norm_row >= 0) {

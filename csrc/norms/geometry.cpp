@@ -65,8 +65,7 @@ bool reads_in_straight_line(const Dims& dims, Geometry& g) {
 
 }  // namespace
 
-int64_t Geometry::norm_row(int64_t index) const {
-  if (kept.empty()) return index;
+int64_t Geometry::kept_row(int64_t index) const {
   int64_t row = 0;
   for (auto dim = kept.rbegin(); dim != kept.rend(); ++dim) {
     row += index % dim->size * dim->stride[0];

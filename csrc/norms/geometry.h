@@ -36,7 +36,10 @@ struct Geometry {
   bool strided() const { return !walk.empty(); }
   int64_t channel_of(int64_t element) const { return element / channel_inner % channels; }
   // Row of the norm buffer, relative to the tensor's first, for the group at place `index` of the walk.
-  int64_t norm_row(int64_t index) const;
+  int64_t norm_row(int64_t index) const { return kept.empty() ? index : kept_row(index); }
+
+ private:
+  int64_t kept_row(int64_t index) const;
 };
 
 // For kernels that read a pool of numbers beside their table. Dimensions come in the order of the walk; both return
