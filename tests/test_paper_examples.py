@@ -463,7 +463,7 @@ def test_all_scripts_and_the_report(tmp_path: Path, capsys: pytest.CaptureFixtur
     report = module("report")
     with pytest.raises(SystemExit):
         report.main(["--out", str(tmp_path / "out"), "--docs", str(docs)])  # not the small size
-    assert "has no table1.csv, no " in capsys.readouterr().err
+    assert "table1.csv is not there: run `make figures`" in capsys.readouterr().err
     assert (docs / "papers.md").read_text(encoding="utf-8") == text
     report.main(["--out", str(tmp_path / "out"), "--docs", str(docs), "--data", "digits-tiny"])
     made = (docs / "papers.md").read_text(encoding="utf-8")
