@@ -122,6 +122,7 @@ bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& j
   if (a.hyper.empty() || int64_t(a.hyper.size()) % record != 0) {
     fail("hyper must hold records of ", record, " numbers, it holds ", a.hyper.size());
   }
+  if (a.grad_scale.get() && !updates(job.rule)) fail("rule \"", a.rule, "\" has no gradient to unscale by grad_scale");
   job.slots = int(slots);
   job.look = look_facts(look_of(job.rule));
 
@@ -153,7 +154,9 @@ bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& j
     view.sizes = param.sizes;
     add_array(view, param);
     add_array(view, grad);
-    Dtypes dtypes{param.dtype, grad.dtype, param.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32};
+    // A gradient that is not read may be of any kind.
+    Dtypes dtypes{param.dtype, updates(job.rule) ? grad.dtype : param.dtype,
+                  param.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32};
     for (int64_t s = 0; s < slots; ++s) {
       const Facts state = describe(a.states[s * n + i], "states", s * n + i, place);
       check_same_shape(state, param, "states", s * n + i);

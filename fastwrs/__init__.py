@@ -12,6 +12,7 @@ from fastwrs.monitor import Monitor
 from fastwrs.optim import SGD, SGDP, Adam, AdamP, AdamW
 from fastwrs.options import Rescale, Shrink
 from fastwrs.projection import channel_norms, rescale_
+from fastwrs.rescaler import WeightRescaler
 from fastwrs.window import WeightDecayWindow
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Rescale",
     "Shrink",
     "WeightDecayWindow",
+    "WeightRescaler",
     "__version__",
     "analysis",
     "backends",

@@ -73,6 +73,8 @@ class Bundle:
     backend: Any
     slots: tuple[str, ...]
     device: torch.device
+    updates: bool = True
+    """Whether gradients are read; if not, the parameters stand in for them."""
     params: list[Tensor] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
@@ -95,6 +97,8 @@ class Bundle:
         grads = list(map(_grad_of, self.params))
         if not all(map(is_not, grads, repeat(None))) or (unscaling and not _all_apart(grads)):
             return None
+        if not self.updates:
+            grads = self.params
         try:
             states = [state for slot in self.slots for state in map(itemgetter(slot), self.states)]
             return grads, states, list(map(itemgetter(STEP), self.states))
@@ -186,22 +190,22 @@ def build(
             if param.grad is None:
                 plan.idle.append(param)
                 continue
-            mine = state.get(param, {})
-            if why := _why_not(rule, param, param.grad, mine, slots):
+            mine, grad = state.get(param, {}), param.grad if rule.updates else param
+            if why := why_not(rule, param, grad, mine, slots):
                 raise RuntimeError(f"{label(group, g, i)}: {why}")
-            if unscaling and overlaps_itself(param.grad):
+            if unscaling and overlaps_itself(grad):
                 raise RuntimeError(
                     f"{label(group, g, i)}: its gradient is to be unscaled, and overlaps itself in memory"
                 )
             mask = checked_mask(group, g, i, axis)
             try:
                 tensors = _completed(param, mine, slots, state_dtype, plan.created)
-                device, triple = param.device, dtypes_of(param, param.grad, tensors)
+                device, triple = param.device, dtypes_of(param, grad, tensors)
             except ValueError as error:
                 raise ValueError(f"{label(group, g, i)}: {error}") from None
             key = slots, device, triple
             if key not in bundles:
-                bundles[key] = Bundle(choose(device.type, triple), slots, device)
+                bundles[key] = Bundle(choose(device.type, triple), slots, device, rule.updates)
             bundle = bundles[key]
             if slots and STEP in mine and mine.get(slots[0]) is None and bool(mine[STEP] > 0):
                 bundle.fresh.append(len(bundle.params))  # momentum was switched on after the first step
@@ -210,7 +214,7 @@ def build(
             bundle.axes.append(mask)
             bundle.measured_axes.append(measured_mask(mask, param.ndim))
             bundle.ndims.append(param.ndim)
-            tensors += (param, param.grad) if unscaling else (param,)
+            tensors += (param, grad) if unscaling else (param,)
             written += tensors
             whose += [(g, i)] * len(tensors)
     if clash := overlapping(written):
@@ -305,7 +309,7 @@ def _completed(
     return [*tensors, step]
 
 
-def _why_not(rule: Rule, param: Tensor, grad: Tensor, mine: State, slots: tuple[str, ...]) -> str | None:
+def why_not(rule: Rule, param: Tensor, grad: Tensor, mine: State, slots: tuple[str, ...]) -> str | None:
     """Why a parameter cannot take a step, or None if it can."""
     if why := why_not_plain(param, "the parameter") or why_not_plain(grad, "its gradient"):
         return why

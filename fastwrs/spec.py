@@ -67,6 +67,9 @@ class Rule:
     look: str | None = None
     """What a look at each whole tensor finds out before its weights change: "gate", whether AdamP's gate is open (the
     states have been changed by then); "shift", the mean and the standard deviation of every channel. None: no look."""
+    updates: bool = True
+    """Whether it changes weights by a gradient. One that does not reads none, and does only what all rules have in
+    common: rescaling and shrinking."""
     counts: bool = True
     """Whether the formula has the step count in it; if not, states without one are those after a first step."""
 
@@ -167,7 +170,16 @@ _SGDP = Rule(
     counts=False,
 )
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (_SGD, _ADAM, _ADAMP, _SGDP, _SGD_SHIFTED)}
+_PROJECT = Rule(
+    name="project",
+    hypers=(),
+    slots=(),
+    source="none of its own: it leaves the update to another optimizer",
+    updates=False,
+    counts=False,
+)
+
+RULES: dict[str, Rule] = {rule.name: rule for rule in (_SGD, _ADAM, _ADAMP, _SGDP, _SGD_SHIFTED, _PROJECT)}
 """All rules by name."""
 
 MEASURED = (

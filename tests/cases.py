@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from calls import LAYOUTS, Call, group_count, one_thread, place
-from rule_options import ALL_OPTIONS, GATED, OPTIONS, SHIFTED
+from rule_options import ALL_OPTIONS, GATED, OPTIONS, PROJECTED, SHIFTED
 from torch import Tensor
 
 from fastwrs.spec import MEASURED, NO_STOP, RULES
@@ -205,6 +205,8 @@ def _values(tensor: TensorCase, case: Case, generator: torch.Generator) -> tuple
         grad[one] = math.nan if tensor.data == "nan" else math.inf
     elif tensor.data == "nan_w":
         param[one] = math.nan
+    if not RULES[case.rule].updates:
+        grad.fill_(math.nan)  # nobody may read it
     return param, grad if case.grad_scale is None else grad * case.grad_scale, states
 
 
@@ -433,6 +435,7 @@ def _make_cases() -> list[Case]:
         add("data", "sgd.mom", tensors, "rescale", dtypes=dtypes)
     _add_gated(add, tensor)
     _add_shifted(add, tensor)
+    _add_projected(add, tensor)
     return cases
 
 
@@ -556,6 +559,33 @@ def _add_shifted(add: Callable[..., None], tensor: Callable[..., TensorCase]) ->
     empty = [TensorCase((3, 0), "out"), TensorCase((0, 4), (0,)), TensorCase((), None)]
     shifted(empty, "shifted", tags="empty")
     shifted([tensor((9, 33), data="nan_w")], "shifted.lam0", dtypes=DTYPES[0])  # a shift by nothing is none
+
+
+def _add_projected(add: Callable[..., None], tensor: Callable[..., TensorCase]) -> None:
+    """The rule without an update: each way to project, or none, in one pass and in two."""
+    some_dtypes, some_measured, some_options = _Deck(DTYPES), _Deck((True, False)), _Deck(PROJECTED)
+
+    def projected(tensors: list[TensorCase], project: str | None = None, **more: Any) -> None:
+        dealt = {"dtypes": some_dtypes.deal(), "measured": some_measured.deal()}
+        add("idle", some_options.deal(), tensors, project, **(dealt | more))
+
+    for name in PROJECTIONS:
+        for dtypes in DTYPES:
+            projected([tensor((8, 16, 3, 3)), tensor((13, 29)), tensor()], name, dtypes=dtypes)
+    for shape in SHAPES_CONV + SHAPES_EDGE + SHAPES_SMALL + SHAPES_LARGE + SHAPES_1D + SHAPES_3D:
+        projected([tensor(shape)])
+    for k, shape in enumerate(SHAPES_LONG):
+        layout = ["c", "off", "tr"][k % 3]
+        long = tensor(shape, axis=("out", "tensor", (0,))[k % 3], layouts=(layout, "c", layout))
+        projected([long], ("rescale", "shrink", "every3")[k % 3], dtypes=DTYPES[k % 2])
+    for k, (shape, axis) in enumerate(COLUMNS):
+        projected([tensor(shape, axis=axis, layouts=(("c", "off", "tr")[k % 3],) * 3)], "rescale")
+    for layout in LAYOUTS:
+        projected([tensor((5, 7, 3, 3), axis="in", layouts=(layout, "c", "c"))], "rescale")
+    for data in ("sparse", "const", "zero_row", "nan_w"):
+        projected([tensor(shape, data=data) for shape in ((6, 5, 3, 3), (9, 33))], "rescale")
+    for more in ({"found_inf": 1.0}, {"lr_tensor": "float64"}, {"lr_tensor": "float32", "numbers": {"lr": 0.0}}):
+        projected([tensor(), tensor((13, 29), axis="out"), tensor((40, 50)), TensorCase((0,), None)], "rescale", **more)
 
 
 CASES: list[Case] = _make_cases()

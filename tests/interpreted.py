@@ -270,7 +270,7 @@ def _long_columns(shape: tuple[int, ...], option: str, layout: str, project: str
 def _unmeasured() -> list[Case]:
     """What is measured takes other ways: sums of all kinds, and no unit that is longer than a tile.
 
-    Cases of rules that look first are measured or not as they come: of these long rows, and some of the others.
+    Those of some themes are measured or not as they come: of these long rows, and some of the others.
     """
     measured = [case for case in ALL if case.measured]
     looking = [case for case in measured if case.theme in LOOKING]
@@ -285,8 +285,8 @@ def _gate(option: str, *tensors: TensorCase, project: str = "rescale", **more: A
     return Case("gates", option, tensors, DTYPES[0], (tuple(PROJECTIONS[project].items()),), measured=False, **more)
 
 
-LOOKING = ("gate", "shift")
-"""Themes of the cases of rules that look at whole tensors first."""
+LOOKING = ("gate", "shift", "idle")
+"""Themes of the cases of rules that look at whole tensors first, and of the one that updates nothing."""
 TURNED = ("tr", "tr", "tr")
 STRIPS = TensorCase((150, 40), "out", TURNED)
 GATES = [

@@ -87,4 +87,10 @@ SHIFTED: dict[str, Option] = {
     "shifted.lam0": _shifted(0.0, 0.2, momentum=0.8),
 }
 """Options of SGD with a shifted L2 term, which have cases of their own too."""
-ALL_OPTIONS = OPTIONS | GATED | SHIFTED
+
+PROJECTED: dict[str, Option] = {
+    "project": Option("project", (), {"lr": 0.05}),
+    "project.max": Option("project", (), {"lr": 0.3, "maximize": 1}),
+}
+"""Of the rule without an update, whose gradients are poisoned: nobody may read them."""
+ALL_OPTIONS = OPTIONS | GATED | SHIFTED | PROJECTED

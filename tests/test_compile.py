@@ -80,3 +80,25 @@ def test_a_compiled_step_by_itself_has_the_same_bits() -> None:
                 step()
             schedule.step()
     assert all(torch.equal(p, q) for p, q in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True))
+
+
+def test_the_step_of_another_optimizer_with_a_rescaler() -> None:
+    """Its hooks are no part of what is compiled."""
+    runs = []
+    for compiler in (None, "aot_eager"):
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        torch.manual_seed(0)
+        for param in model.parameters():
+            nn.init.normal_(param)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+        rescaler = fastwrs.WeightRescaler(optimizer, fastwrs.Rescale(every=2))
+        step = optimizer.step if compiler is None else torch.compile(optimizer.step, backend=compiler)
+        for k in range(4):
+            torch.manual_seed(k)
+            for param in model.parameters():
+                param.grad = torch.randn(param.shape)
+            step()
+        assert {state["step"].item() for state in rescaler.state_dict()["state"].values()} == {4.0}
+        runs.append(list(model.parameters()))
+    for ours, expected in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, expected)

@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import projecting
 import pytest
 import tolerances
 import torch
-from calls import LAYOUTS, Call, bits, one_thread, place, same
-from cases import CASES, DTYPES, PROJECTIONS, Case, TensorCase, axes_for, dims_of, mask_of, select
-from tolerances import NORM_BOUND, Inputs
+from calls import Call, one_thread, same
+from cases import CASES, DTYPES, PROJECTIONS, Case, TensorCase, dims_of, mask_of, select
+from projecting import FLOATS
+from tolerances import NORM_BOUND
 from torch import Tensor
 
-from fastwrs import library
+from fastwrs import dispatch, library
 from fastwrs.spec import RULES
 
 pytestmark = pytest.mark.cpu
-
-FLOATS = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,52 +86,15 @@ def test_dry_run_writes_nothing() -> None:
 
 # ---- rescale_ and channel_norms -------------------------------------------------------------------------------------
 
-SHAPES = [(64, 3, 7, 7), (5, 7, 3, 3), (12, 10, 1, 1), (13, 29), (300, 200), (3, 40001), (8195, 5), (17,), (), (3, 0)]
-
-
-def some_tensors(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Any]]:
-    """(buffer, tensor, axis) for all shapes and axes, in all layouts in turn; among the groups are rows of zeros."""
-    layouts = list(LAYOUTS)
-    generator = torch.Generator().manual_seed(5)
-    for shape in SHAPES:
-        for k, axis in enumerate(axis for axis in axes_for(shape) if axis is not None):
-            layout = layouts[(k + len(shape)) % len(layouts)]
-            values = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.1
-            values = values.sign() * values.abs().clamp(min=0.01)
-            if len(shape) > 1:
-                values[:1] *= 0
-            yield *place(values, "c" if layout == "cl" and len(shape) != 4 else layout, dtype, "cpu"), axis
-
 
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=list(FLOATS))
 def test_rescale_op(dtype: torch.dtype) -> None:
-    buffers, tensors, axes = map(list, zip(*some_tensors(dtype), strict=True))
-    before, copies = [tensor.clone() for tensor in tensors], [buffer.clone() for buffer in buffers]
-    torch.ops.fastwrs.rescale_(tensors, [mask_of(a, t.ndim) for a, t in zip(axes, tensors, strict=True)], 0.7)
-    hyper = {"lr": 1.0, "maximize": 0, "every": 1, "start": 0, "stop": math.inf, "target": 0.7, "rate": 0, "power": 1}
-    hyper |= {"momentum": 0, "dampening": 0, "nesterov": 0, "weight_decay": 0}
-    for tensor, old, axis, buffer, copy in zip(tensors, before, axes, buffers, copies, strict=True):
-        zeros = torch.zeros_like(old)
-        dims = dims_of(axis, tensor.ndim)
-        # a rescale is a step of SGD with a gradient of zeros
-        inputs = Inputs("sgd", old, zeros, {}, t=1, first=True, lr=1.0, hyper=hyper, dims=dims)
-        tolerances.check(inputs, {"param": tensor, "grad": zeros}, f"{tuple(tensor.shape)}, axis {axis}: ")
-        for storage in (buffer, copy):
-            storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).zero_()
-        assert torch.equal(bits(buffer), bits(copy)), "memory that belongs to no tensor was written"
+    projecting.check_rescale(torch.ops.fastwrs.rescale_, dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=list(FLOATS))
 def test_channel_norms_op(dtype: torch.dtype) -> None:
-    buffers, tensors, axes = map(list, zip(*some_tensors(dtype), strict=True))
-    copies = [buffer.clone() for buffer in buffers]
-    shapes = [tensor.sum(dims_of(axis, tensor.ndim)).shape for tensor, axis in zip(tensors, axes, strict=True)]
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    out = torch.full((sum(map(math.prod, shapes)),), math.nan, dtype=compute)
-    torch.ops.fastwrs.channel_norms(tensors, [mask_of(a, t.ndim) for a, t in zip(axes, tensors, strict=True)], out)
-    for got, shape, tensor, axis in zip(out.split([math.prod(s) for s in shapes]), shapes, tensors, axes, strict=True):
-        tolerances.check_norms(got.view(shape), tensor, dims_of(axis, tensor.ndim) or ())
-    assert all(torch.equal(bits(buffer), bits(copy)) for buffer, copy in zip(buffers, copies, strict=True))
+    projecting.check_norms(dispatch._MODULES["cpu"].channel_norms, dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=list(FLOATS))

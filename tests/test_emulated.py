@@ -13,6 +13,7 @@ from typing import Any
 
 import emulated
 import lists
+import projecting
 import pytest
 import torch
 from cases import CASES, DTYPES, PROJECTIONS, Case, TensorCase, mask_of, select
@@ -115,6 +116,7 @@ ONE_PASS = [((64, 64, 3, 3), "out"), ((64, 64, 3, 3), "in"), ((64, 256, 1, 1), "
 ROWS = [((32, 4608), "out"), ((8, 28672), "out"), ((300, 640), (0,)), ((4096, 27), "out")]
 TWO_PHASES = [((4, 200000), "out"), ((300, 300), "tensor"), ((4000, 512), (0,))]
 BYTES = {(ADAMW, "s"): (28, 36), (SGD, "s"): (20, 28), (ADAMW, "b"): (14, 18), (SGD, "b"): (10, 14)}
+BYTES |= {("project", "s"): (8, 12.2), ("project", "b"): (4, 6.4)}  # the sums of parts count for more
 
 
 SHIFTED_BYTES = {"shifted": 16, "shifted.mom": 24, "shifted.lam0": 20}  # the weights once more than without the term
@@ -131,7 +133,7 @@ def bytes_per_parameter(option: str, dtypes: tuple[str, str, str], shape: Any, a
 
 
 @pytest.mark.parametrize("kind", ["s", "b"])
-@pytest.mark.parametrize("option", [ADAMW, SGD])
+@pytest.mark.parametrize("option", [ADAMW, SGD, "project"])
 def test_bytes_per_parameter(option: str, kind: str) -> None:
     """Counted: with a rescale in every step, each array is read once and written once, the gradient only read."""
     dtypes = DTYPES[0] if kind == "s" else DTYPES[3]
@@ -189,7 +191,7 @@ def launches(name: str, option: str, axis: Any) -> int:
     return count
 
 
-@pytest.mark.parametrize("option", [ADAMW, SGD])
+@pytest.mark.parametrize("option", [ADAMW, SGD, "project"])
 def test_launches(option: str) -> None:
     assert launches("resnet50", option, "out") == 1
     assert launches("resnet50", option, "in") == 1
@@ -275,6 +277,14 @@ def test_an_optimizer_on_this_backend(name: str, monkeypatch: pytest.MonkeyPatch
         runs.append(params)
     for ours, expected in zip(*runs, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_projection_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in projecting.FLOATS.values():
+        projecting.check_rescale(CUDA.rescale_, dtype)
+        projecting.check_norms(CUDA.channel_norms, dtype)
+    monkeypatch.setattr(CUDA, "why_not", lambda *_: None)
+    projecting.check_rescaler("cuda")
 
 
 def test_a_workspace_that_has_become_too_small_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,7 @@ MUTANTS = (
     Mutant("no bound", TILES, "numel - tile.base < size ? entry.numel - tile.base : size", "tile * 0 + size"),
     Mutant("no mask on the tail", TILES, "(tile.width - head) / kVector", "(tile.width - head) / kVector + 1"),
     Mutant("no tail", TILES, "const uint32_t covered = per_run * kVector,", "const uint32_t covered = tile.width,"),
+    Mutant("a gradient is read that updates nothing", KERNELS, "return !kIdle && (", "return ("),
     Mutant("a moment is not started", KERNELS, "moment.t == C(1) || (entry_.flags & kFresh)", "false"),
     Mutant("a late moment is not started", KERNELS, " || (entry_.flags & kFresh)", ""),
     Mutant("the sum of the neighbour", TILES, "term(k, unit * tile", f"term(k, {NEIGHBOUR} * tile"),

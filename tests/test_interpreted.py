@@ -12,6 +12,7 @@ from typing import Any
 
 import interpreted
 import lists
+import projecting
 import pytest
 import torch
 from calls import Call, same
@@ -87,6 +88,7 @@ CONVOLUTIONS = [((16, 64, 3, 3), "out"), ((16, 64, 3, 3), "in"), ((4, 512, 3, 3)
 ROWS = [((6, 4608), "out"), ((2, 16384), "out"), ((100, 147), "out"), ((700, 27), "out")]
 TWO_PHASES = [((1, 50000), "out"), ((200, 200), "tensor"), ((400, 128), (0,))]
 BYTES = {(ADAMW, "s"): (28, 36), (SGD, "s"): (20, 28), (ADAMW, "b"): (14, 18), (SGD, "b"): (10, 14)}
+BYTES |= {("project", "s"): (8, 12.2), ("project", "b"): (4, 6.4)}  # the sums of parts count for more
 
 
 def bytes_per_parameter(option: str, dtypes: tuple[str, str, str], shape: Any, axis: Any, layout: str) -> float:
@@ -99,7 +101,7 @@ def bytes_per_parameter(option: str, dtypes: tuple[str, str, str], shape: Any, a
 
 
 @pytest.mark.parametrize("kind", ["s", "b"])
-@pytest.mark.parametrize("option", [ADAMW, SGD])
+@pytest.mark.parametrize("option", [ADAMW, SGD, "project"])
 def test_bytes_per_parameter(option: str, kind: str) -> None:
     """Counted: with a rescale in every step, each array is read once and written once, the gradient only read."""
     dtypes = DTYPES[0] if kind == "s" else DTYPES[3]
@@ -180,7 +182,7 @@ def planned(name: str, option: str, axis: Any) -> tuple[int, int]:
     return bool(gate) + 1 + bool(project), walked
 
 
-@pytest.mark.parametrize("option", [ADAMW, SGD])
+@pytest.mark.parametrize("option", [ADAMW, SGD, "project"])
 def test_launches(option: str) -> None:
     assert planned("resnet50", option, "out") == (1, 0)
     assert planned("resnet50", option, "in") == (1, 0)
@@ -378,6 +380,14 @@ def test_an_optimizer_on_this_backend(name: str) -> None:
         runs.append(params)
     for ours, expected in zip(*runs, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_projection_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreted.WATCH, "check", lambda *_: 0)  # operands are the backend's own
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        projecting.check_rescale(TRITON.rescale_, dtype, projecting.SMALL)
+        projecting.check_norms(TRITON.channel_norms, dtype, projecting.SMALL)
+    projecting.check_rescaler("triton")
 
 
 def test_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,9 @@ ONLY = {
     "fastwrs.batchnorm_pairs": (),
     "fastwrs.nn": ("fastwrs.options",),
     "fastwrs.window": ("fastwrs.options",),
+    "fastwrs.rescaler": (
+        *("fastwrs.measuring", "fastwrs.optim.base", "fastwrs.options", "fastwrs.plan", "fastwrs.spec"),
+    ),
     "fastwrs.analysis": ("fastwrs.options",),
 }
 # What a module may import beyond torch, when it is used: an extra. test_house.py sees that `import fastwrs` does not.

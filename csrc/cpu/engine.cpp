@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <mutex>
 
@@ -198,6 +199,7 @@ void run_call(Call<P>& call, std::vector<Work<compute_t<P>>>& looks, std::vector
   for (Work<C>& w : works) {
     TensorPlan& p = w.plan;
     p.cut();
+    if (!call.update && !p.sums()) p.items = 0;  // nothing is done to it
     p.workspace = needed;
     needed += p.workspace_size();
     const bool two_phases = p.path == TensorPlan::kTwoPhases;
@@ -307,6 +309,9 @@ void step_typed(const StepJob& job, const Threads& threads) {
   static thread_local std::vector<TensorView> look_views;
   looks.clear();
   look_views.resize(call.look_at ? job.tensors.size() : 0);
+  static thread_local std::vector<TensorView> bare_views;  // without the gradient that nobody reads
+  bare_views.clear();
+  if (!call.update) bare_views = job.tensors;
   std::vector<float> finished(job.tensors.size());
   ScalarCache scalars;
   for (size_t i = 0; i < works.size(); ++i) {
@@ -314,7 +319,8 @@ void step_typed(const StepJob& job, const Threads& threads) {
     Work<C>& w = works[i];
     const double t = double(*s.step) + 1;
     finished[i] = float(t);
-    w.view = &job.tensors[i];
+    w.view = call.update ? &job.tensors[i] : &bare_views[i];
+    if (!call.update) bare_views[i].arrays = 1;
     w.maximize = s.maximize;
     const int count = scalars.fill(job.rule, s.rule_record, s.lr.value, t, t == 1 || s.fresh);
     leaves().cast_scalars(scalars.values, w.scalars, count, job.dtypes.param);
@@ -324,7 +330,7 @@ void step_typed(const StepJob& job, const Threads& threads) {
     const bool measure = job.measured && w.view->norm_row >= 0;
     w.plan.wants[kBefore] = measure || w.plan.projection.shrink;
     w.plan.wants[kUpdated] = measure || w.plan.projection.rescale;
-    w.plan.wants[kGrad] = w.plan.wants[kUpdate] = measure;
+    w.plan.wants[kGrad] = w.plan.wants[kUpdate] = measure && call.update;
     w.plan.geometry = geometry_of(*w.view, w.plan.sums());
     if (!call.look_at) continue;
     fill_look(job.rule, s.rule_record, w);
@@ -366,8 +372,7 @@ struct RuleFacts {
   const char* name;
   int min_slots, max_slots, hypers;
 };
-#define FASTWRS_RULE(Rule) \
-  {Rule::kName, Rule::kMinSlots, Rule::kMaxSlots, int(sizeof(Rule::kHypers) / sizeof(Rule::kHypers[0]))},
+#define FASTWRS_RULE(Rule) {Rule::kName, Rule::kMinSlots, Rule::kMaxSlots, int(std::size(Rule::kHypers))},
 constexpr RuleFacts kRules[] = {FASTWRS_RULES(FASTWRS_RULE)};
 #undef FASTWRS_RULE
 

@@ -57,6 +57,7 @@ LookAt find_look_at(int rule, Dtype param, Dtype grad, Dtype state) {
 
 template <class Rule, int kSlots = Rule::kMinSlots>
 Update find_slots(int slots, Dtype param, Dtype grad, Dtype state) {
+  if constexpr (!kUpdates<Rule>) return nullptr;
   if (slots == kSlots) return find_triple<Rule, kSlots>(param, grad, state);
   if constexpr (kSlots < Rule::kMaxSlots) return find_slots<Rule, kSlots + 1>(slots, param, grad, state);
   return nullptr;

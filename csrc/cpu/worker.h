@@ -541,7 +541,7 @@ class Worker {
       if (!call.writes) continue;
       if (p.scales()) {
         apply(call, updated + u * size, param + u * size, size, factors_.data(), cols);
-      } else if (!kInPlace) {
+      } else if (!kInPlace && call.update) {
         call.store.narrow(updated + u * size, param + u * size, size);
       }
     }

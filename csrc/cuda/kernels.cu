@@ -1,5 +1,6 @@
 // The kernels of one dtype triple; compiled once for each, with FASTWRS_TRIPLE_INDEX, so that builds run in parallel.
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "kernels.cuh"
@@ -48,6 +49,7 @@ struct Triple {
   static void of_slots(const KernelKey& key, Kernel& found) {
     if constexpr (kSlots >= Rule::kMinSlots) {
       if (key.slots != kSlots) return;
+      if constexpr (!kUpdates<Rule> && !(std::is_same_v<P, G> && std::is_same_v<S, compute_t<P>>)) return;
       if constexpr (Rule::kLook == Look::kGate) {
         const std::string name = std::string("gate_kernel<") + Rule::kName + ">";
         found = FASTWRS_KERNEL_OF(Params<2 + kSlots>, name, gate_kernel<Rule, P, G, S, kWalk>);

@@ -26,6 +26,7 @@ class Stepper : TileArrays<kSlots, P, G, S, kWalk> {
   using typename Base::C;
   using RuleRecord = Record<C, typename Rule::template Constants<C>>;
   static constexpr bool kStatesBefore = LookOf<Rule::kLook>::kChangesStates;  // by gate_kernel
+  static constexpr bool kIdle = !kUpdates<Rule>;
 
  public:
   FASTWRS_DEVICE Stepper(const Params<kArrays>& params, uint32_t tensor)
@@ -59,6 +60,7 @@ class Stepper : TileArrays<kSlots, P, G, S, kWalk> {
  private:
   FASTWRS_DEVICE void update_and_sum() {
     const uint32_t groups = tile_.n / tile_.unit_size * tile_.cols;
+    if (kIdle && wants_ == 0) return;
     lay_out(groups);
     update_tile();
     if (wants_ == 0) return;
@@ -113,7 +115,7 @@ class Stepper : TileArrays<kSlots, P, G, S, kWalk> {
     if constexpr (kStatesBefore) return scalars_.nesterov != 0;
     return true;
   }
-  FASTWRS_DEVICE bool reads_grad() const { return unscales() || is_measured(); }
+  FASTWRS_DEVICE bool reads_grad() const { return !kIdle && (unscales() || is_measured()); }
   FASTWRS_DEVICE bool writes_states() const {
     if constexpr (!kStatesBefore) {
       return true;
@@ -170,7 +172,7 @@ class Stepper : TileArrays<kSlots, P, G, S, kWalk> {
       weight[j] = widen(w[j]);
       gradient[j] = widen(g[j]);
     }
-    if (header_.grad_scale && unscales()) {
+    if (!kIdle && header_.grad_scale && unscales()) {
       const C scale = C(load_shared_by_all(header_.grad_scale));
 #pragma unroll
       for (int j = 0; j < N; ++j) g[j] = narrow(gradient[j] = quotient(gradient[j], scale), G());
@@ -201,7 +203,7 @@ class Stepper : TileArrays<kSlots, P, G, S, kWalk> {
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) write(state(k), element, 2 + k, s[k]);
     }
-    if (!holds_) {
+    if (!kIdle && !holds_) {
       const bool again = entry_.kind == TileKind::kPartial;  // it will be scaled by a later launch
 #pragma unroll
       for (int j = 0; j < N; ++j) {

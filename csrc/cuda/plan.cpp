@@ -5,6 +5,7 @@
 #include <memory>
 #include <numeric>
 #include <stdexcept>
+#include <type_traits>
 
 #include "../norms/geometry.h"
 #include "../norms/measured.h"
@@ -207,16 +208,18 @@ template <class Rule, class C>
 void append_rule(const TensorStep& s, std::vector<char>& bytes) {
   using Wide = typename Rule::template Constants<double>;
   using Narrow = typename Rule::template Constants<C>;
-  constexpr size_t kCount = sizeof(Wide) / sizeof(double);
-  static_assert(sizeof(Narrow) == kCount * sizeof(C), "constants are numbers of one type");
-  double wide[kCount];
-  C narrow[kCount];
-  const Wide constants = Rule::constants(s.rule_record);
-  std::memcpy(wide, &constants, sizeof wide);
-  for (size_t k = 0; k < kCount; ++k) narrow[k] = C(wide[k]);
   Record<C, Narrow> record{};
   record.control = control_of<C>(s);
-  std::memcpy(&record.constants, narrow, sizeof narrow);
+  if constexpr (!std::is_empty_v<Wide>) {
+    constexpr size_t kCount = sizeof(Wide) / sizeof(double);
+    static_assert(sizeof(Narrow) == kCount * sizeof(C), "constants are numbers of one type");
+    double wide[kCount];
+    C narrow[kCount];
+    const Wide constants = Rule::constants(s.rule_record);
+    std::memcpy(wide, &constants, sizeof wide);
+    for (size_t k = 0; k < kCount; ++k) narrow[k] = C(wide[k]);
+    std::memcpy(&record.constants, narrow, sizeof narrow);
+  }
   const char* begin = reinterpret_cast<const char*>(&record);
   bytes.insert(bytes.end(), begin, begin + sizeof record);
 }

@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
 from fastwrs import library
-
-# The projection alone has no kernels of its own yet; on a GPU it is PyTorch's.
-from fastwrs.backends.reference import channel_norms as channel_norms
-from fastwrs.backends.reference import rescale_ as rescale_
+from fastwrs.backends.projecting import norms_by, rescale_by
 from fastwrs.backends.workspace import allocate, keep_for_this_stream
 from fastwrs.plan import StepCall
 from fastwrs.spec import DTYPE_TRIPLES
@@ -59,3 +57,13 @@ def step(call: StepCall, dry_run: bool = False) -> None:
     call.workspace = allocate(call, size)
     keep_for_this_stream(call.workspace)
     torch.ops.fastwrs.step(*call.arguments(), dry_run)
+
+
+def rescale_(tensors: list[Tensor], axes: list[int], target: float) -> None:
+    """Sets the norm of every group to the target."""
+    rescale_by(step, tensors, axes, target)
+
+
+def channel_norms(tensors: list[Tensor], axes: list[int], out: list[Tensor]) -> None:
+    """Writes the norm of every group into ``out``."""
+    norms_by(step, tensors, axes, out)

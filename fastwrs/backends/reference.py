@@ -88,6 +88,8 @@ def _result(call: StepCall, i: int) -> reference.Result:
 def _check(call: StepCall) -> None:
     """What the kernels check on every call: a plan may be out of date where only its tensors can tell."""
     n = len(call.params)
+    if call.grad_scale is not None and not RULES[call.rule].updates:
+        raise RuntimeError(f'rule "{call.rule}" has no gradient to unscale by grad_scale')
     if call.grad_scale is not None and not bool(call.grad_scale > 0):
         raise RuntimeError(f"grad_scale must be > 0, got {float(call.grad_scale)}")
     for i, param in enumerate(call.params):

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# The projection alone has no kernels of its own yet; on a GPU it is PyTorch's.
-from fastwrs.backends.reference import channel_norms as channel_norms
-from fastwrs.backends.reference import rescale_ as rescale_
+from fastwrs.backends.projecting import norms_by, rescale_by
 from fastwrs.backends.triton_available import interpreted
 from fastwrs.backends.triton_available import why_not_here as _why_not_here
 from fastwrs.backends.workspace import allocate, is_captured, keep_for_this_stream
@@ -85,6 +83,16 @@ def step(call: StepCall, dry_run: bool = False) -> None:
         torch.ops.fastwrs.triton_step(*call.arguments(), dry_run)
     else:
         _step(call, dry_run)
+
+
+def rescale_(tensors: list[Tensor], axes: list[int], target: float) -> None:
+    """Sets the norm of every group to the target."""
+    rescale_by(step, tensors, axes, target)
+
+
+def channel_norms(tensors: list[Tensor], axes: list[int], out: list[Tensor]) -> None:
+    """Writes the norm of every group into ``out``."""
+    norms_by(step, tensors, axes, out)
 
 
 def _step(call: StepCall, dry_run: bool) -> None:

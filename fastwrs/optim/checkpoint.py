@@ -143,7 +143,7 @@ def _check_kind(optimizer: FusedOptimizer, saved: Mapping[str, Any], g: int) -> 
     Those that share none of the options that are the rule's own; and those that have all options of another optimizer
     of torch or of ``adamp``, if these are more than ours, or just these: RAdam's are a part of Adam's, SGD's of SGDP's.
     """
-    own = [name for name in optimizer.defaults if name not in (*_SHARED, *_OPTIONS)]
+    own = [name for name in optimizer.defaults if name not in (*_SHARED, *_OPTIONS)] or list(_OPTIONS)
     if not any(name in saved for name in own):
         raise ValueError(
             f"param group {g} of the state dict has none of {', '.join(own)}: it is not that of "

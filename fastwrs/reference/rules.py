@@ -204,11 +204,20 @@ def sgdp(w: Tensor, g: Tensor, states: States, h: Hypers, *, lr: float, **_: flo
     return Update(u, decay, {"momentum_buffer": kept}, removed)
 
 
+def project(w: Tensor, g: Tensor, states: States, h: Hypers, **_: float) -> Update:  # noqa: ARG001
+    """No update, whatever the gradient is: ``u = 0``. What is rescaled or shrunk is so after another optimizer's step.
+
+    Source: none of its own; see ``fastwrs.WeightRescaler``.
+    """
+    return Update(torch.zeros_like(w), 1.0, {})
+
+
 RULES: dict[str, Callable[..., Update]] = {
     "sgd": sgd,
     "adam": adam,
     "adamp": adamp,
     "sgdp": sgdp,
     "sgd_shifted": sgd_shifted,
+    "project": project,
 }
 """The rules by the names that they have in ``fastwrs.spec``."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastwrs.reference.norms import Dims, compute_dtype, group_norms, rescale_factor, shrink_factor, spread
 from fastwrs.reference.rules import RULES
 from fastwrs.spec import MEASURED
+from fastwrs.spec import RULES as SPECS
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def step(
         "norm_before": norm_before,
         "norm_updated": norm_updated,
         "norm_after": group_norms(new, dims),
-        "grad_norm": group_norms(g, dims),
+        "grad_norm": group_norms(g if SPECS[rule].updates else torch.zeros_like(w), dims),
         "update_norm": norm_u,
         "effective_grad_norm": norm_u / norm_before if param.numel() else torch.zeros_like(norm_u),
         "rescale_factor": rescaling,

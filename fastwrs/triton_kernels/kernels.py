@@ -30,7 +30,7 @@ from fastwrs.triton_kernels.access import (
     work_of,
 )
 from fastwrs.triton_kernels.gate import update_behind_gate
-from fastwrs.triton_kernels.look import GATE, SHIFT
+from fastwrs.triton_kernels.look import GATE, IDLE, SHIFT
 from fastwrs.triton_kernels.norms import (
     divided,
     group_totals,
@@ -55,6 +55,11 @@ def _update(table, entry, control, scalars, start, within, mask, UPDATE: tl.cons
         return update_behind_gate(
             table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, MEASURE, ALIGNED, WALK
         )
+    elif LOOK == IDLE:
+        p = places(table, entry, words.PARAM, TYPES[0], start, within, ALIGNED, WALK, 2 + SLOTS)
+        before = tl.load(p, mask, other=0).to(TYPES[3])
+        nothing = tl.zeros_like(before)
+        return p, before, before, nothing, nothing
     else:
         return _update_at_once(
             table, entry, control, scalars, start, within, mask, UPDATE, SLOTS, TYPES, LOOK, ALIGNED, WALK
@@ -152,6 +157,8 @@ def _flat_tile(table, entry, control, scalars, lr, rescale, shrink, start, count
             else:
                 each = square_root(group_totals(x, count, rows, cols, unit, TILE))
                 new = (after * projection_factor(control, lr, rescale, shrink, each, each)).to(TYPES[0])
+    if LOOK == IDLE:
+        mask &= (kind != words.PARTIAL) & (rescale | shrink)
     tl.store(p, new, mask)
 
 
@@ -262,7 +269,8 @@ def _strip_tile(table, entry, control, scalars, rescale, shrink, tile, UPDATE: t
         if rescale | shrink:
             x = tl.where(shrink, before, stored)
             leave_sum(table, entry, 0, place, tl.sum(x * x, axis=0), there, COMPUTE)
-    tl.store(p, new, mask)
+    if LOOK != IDLE:
+        tl.store(p, new, mask)
 
 
 @triton.jit
@@ -357,6 +365,9 @@ def step_kernel(table, PREPARE: tl.constexpr, UPDATE: tl.constexpr, SLOTS: tl.co
                 tl.load(entry + words.UNIT),
             )
             scalars = PREPARE(control + words.CONTROL_NUMBERS, lr, t, (t == 1) | ((flags & words.FRESH) != 0))
+            if LOOK == IDLE:  # noqa: SIM102  (the compiler's if, then one of the kernel)
+                if not (rescale | shrink | MEASURE):
+                    kind = tl.zeros_like(kind) + words.NOTHING  # of which all that is done is to measure
             if kind == words.STRIP:
                 if not WALK:
                     _strip_tile(table, entry, control, scalars, rescale, shrink, tile, UPDATE, SLOTS, TYPES, LOOK,

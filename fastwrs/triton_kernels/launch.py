@@ -65,7 +65,7 @@ class Variant(NamedTuple):
             "UPDATE": rule.update,
             "SLOTS": self.slots,
             "TYPES": self._types,
-            "LOOK": LOOKS[rule.look],
+            "LOOK": LOOKS[rule.look if rule.updates else "idle"],
             "MEASURE": self.measure,
             "WALK": self.walk,
             "TILE": blocks.tile,

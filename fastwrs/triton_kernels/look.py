@@ -16,9 +16,9 @@ from fastwrs.triton_kernels import table as words
 from fastwrs.triton_kernels.norms import add_up, divided
 from fastwrs.triton_kernels.numeric import compensated, quotient
 
-LOOKS = {None: 0, "gate": 1, "shift": 2}
-"""What a rule looks at, as the kernel of the step knows it."""
-GATE, SHIFT = (tl.constexpr(LOOKS[kind]) for kind in ("gate", "shift"))
+LOOKS = {None: 0, "gate": 1, "shift": 2, "idle": 3}
+"""What a rule looks at, as the kernel of the step knows it; of one that updates nothing, that the step is idle."""
+GATE, SHIFT, IDLE = (tl.constexpr(LOOKS[kind]) for kind in ("gate", "shift", "idle"))
 
 
 @triton.jit

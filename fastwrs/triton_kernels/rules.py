@@ -40,6 +40,8 @@ class Rule(NamedTuple):
     direction: Any = None
     look: str | None = None
     """What it looks at before the step: "gate" or "shift"."""
+    updates: bool = True
+    """Whether it changes weights by a gradient. If not, ``update`` is not called, and no gradient is read."""
 
     @property
     def gated(self) -> bool:
@@ -229,6 +231,23 @@ def _sgdp_update(w, g, states, along, is_open, scalars):
     return after, step, step
 
 
+# ---- no update: what the records say of rescaling and shrinking is all that happens ---------------------------------
+
+
+def _no_constants(h: Mapping[str, float]) -> list[float]:
+    return []
+
+
+@triton.jit
+def _prepare_nothing(constants, lr, t, first):
+    return (lr,)
+
+
+@triton.jit
+def _update_nothing(w, g, s0, s1, s2, scalars, SLOTS: tl.constexpr):
+    return w, g, s0, s1, s2
+
+
 RULES: dict[str, Rule] = {
     "sgd": Rule(
         ("momentum", "dampening", "nesterov", "weight_decay"),
@@ -272,4 +291,5 @@ RULES: dict[str, Rule] = {
         _sgd_update,
         look="shift",
     ),
+    "project": Rule((), (), _no_constants, _prepare_nothing, _update_nothing, updates=False),
 }
