@@ -54,6 +54,30 @@ def test_host_of_triton(name: str, benchmark, record, rounds, monkeypatch):
     measure(name, launch, "run", 1.0, benchmark, record, rounds, "triton")
 
 
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_host_in_backward(name: str, benchmark, record, rounds):
+    """An optimizer for each parameter, as where steps are taken in the backward pass: whole steps, of both sides."""
+    ours, theirs = (compare.make_params([(2, 2)] * TENSORS) for _ in range(2))
+    our_steps = [getattr(fastwrs, name)([param], **compare.OPTIONS[name]).step for param in ours]
+    their_steps = [compare.torch_fused(name, [param]) for param in theirs]
+    their_times: list[float] = []
+
+    def all_of(steps: list[compare.Step]) -> None:
+        for step in steps:
+            step()
+
+    benchmark.pedantic(
+        lambda: all_of(our_steps),
+        setup=lambda: their_times.append(compare.timed(lambda: all_of(their_steps), 1)),
+        rounds=rounds,
+        warmup_rounds=3,
+    )
+    our_times = benchmark.stats.stats.data
+    case = Comparison(f"{TENSORS} optimizers of one parameter, {name} / torch fused", name, list, axis=None)
+    their_times = their_times[-len(our_times) :]
+    record(case, compare.Ratio.of(our_times, their_times), our_times, their_times, bytes_per_step=0)
+
+
 def measure(name: str, module: Any, seam: str, goal: float, benchmark, record, rounds, backend: str = "auto") -> None:
     ours, theirs = (compare.make_params([(2, 2)] * TENSORS) for _ in range(2))
     optimizer = getattr(fastwrs, name.split(",")[0])(ours, backend=backend, **OPTIONS[name])

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastwrs.options import Axis, axis_mask, common_axis, measured_mask
+from fastwrs.options import ALL_DIMS, Axis, axis_mask, common_axis, measured_mask
 from fastwrs.spec import DTYPE_TRIPLES, Rule
 
 Triple = tuple[str, str, str]
@@ -75,6 +75,8 @@ class Bundle:
     device: torch.device
     updates: bool = True
     """Whether gradients are read; if not, the parameters stand in for them."""
+    complex: bool = False
+    """Whether the parameters are complex. Kernels see them as real tensors with one more dimension, of two."""
     params: list[Tensor] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
@@ -86,8 +88,8 @@ class Bundle:
     rows: dict[int, Any] = field(default_factory=dict)
     """By the scope of what is measured, whose rows these are: kept here, for they hold as long as a bundle."""
 
-    def gather(self, unscaling: bool = False) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
-        """The gradients, states (slot-major) and steps as they are now.
+    def gather(self, unscaling: bool = False) -> tuple[list[Tensor], ...] | None:
+        """The parameters, gradients, states (slot-major) and steps as they are now, for a kernel.
 
         None if one of them is gone, if a parameter has another number of dimensions than its axis was made for, or if
         gradients that are to be unscaled begin at the same place.
@@ -101,9 +103,13 @@ class Bundle:
             grads = self.params
         try:
             states = [state for slot in self.slots for state in map(itemgetter(slot), self.states)]
-            return grads, states, list(map(itemgetter(STEP), self.states))
-        except KeyError:
+            steps = list(map(itemgetter(STEP), self.states))
+            if self.complex:
+                params, grads, states = (list(map(_as_real, tensors)) for tensors in (self.params, grads, states))
+                return params, grads, states, steps
+        except (KeyError, RuntimeError):  # a new plan finds the words
             return None
+        return self.params, grads, states, steps
 
 
 @dataclass(slots=True)
@@ -203,16 +209,16 @@ def build(
                 device, triple = param.device, dtypes_of(param, grad, tensors)
             except ValueError as error:
                 raise ValueError(f"{label(group, g, i)}: {error}") from None
-            key = slots, device, triple
+            key = slots, device, triple, param.is_complex()
             if key not in bundles:
-                bundles[key] = Bundle(choose(device.type, triple), slots, device, rule.updates)
+                bundles[key] = Bundle(choose(device.type, triple), slots, device, rule.updates, param.is_complex())
             bundle = bundles[key]
             if slots and STEP in mine and mine.get(slots[0]) is None and bool(mine[STEP] > 0):
                 bundle.fresh.append(len(bundle.params))  # momentum was switched on after the first step
             bundle.params.append(param)
             bundle.groups.append(g)
             bundle.axes.append(mask)
-            bundle.measured_axes.append(measured_mask(mask, param.ndim))
+            bundle.measured_axes.append(_measured_mask(param, mask))
             bundle.ndims.append(param.ndim)
             tensors += (param, grad) if unscaling else (param,)
             written += tensors
@@ -259,13 +265,16 @@ def state_dtype_for(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
     """The dtype of the states of a parameter."""
     if wanted is not None and param.dtype != wanted:
         raise ValueError(f"state_dtype={wanted} is for {wanted} parameters only, this one is {param.dtype}")
+    if param.is_complex():
+        return param.dtype
     return wanted or (torch.float64 if param.dtype == torch.float64 else torch.float32)
 
 
 def dtypes_of(param: Tensor, grad: Tensor, states: Sequence[Tensor]) -> Triple:
     """The (param, grad, state) dtypes by name, or a ValueError that lists the allowed ones.
 
-    ``states`` ends with the step, which does not count; without other states the type is the one they would have.
+    ``states`` ends with the step, which does not count; without other states the type is the one they would have. Of
+    complex tensors those of their parts.
     """
     kinds = {tensor.dtype for tensor in states[:-1]} or {state_dtype_for(param, None)}
     triples = [(name_of(param.dtype), name_of(grad.dtype), name_of(kind)) for kind in kinds]
@@ -276,8 +285,8 @@ def dtypes_of(param: Tensor, grad: Tensor, states: Sequence[Tensor]) -> Triple:
 
 @functools.cache
 def name_of(dtype: torch.dtype) -> str:
-    """A dtype as ``fastwrs.spec`` calls it."""
-    return str(dtype).removeprefix("torch.")
+    """A dtype as ``fastwrs.spec`` calls it; of a complex one that of its parts."""
+    return str(dtype.to_real() if dtype.is_complex else dtype).removeprefix("torch.")
 
 
 def _listed(triples: Iterable[Triple]) -> str:
@@ -311,8 +320,12 @@ def _completed(
 
 def why_not(rule: Rule, param: Tensor, grad: Tensor, mine: State, slots: tuple[str, ...]) -> str | None:
     """Why a parameter cannot take a step, or None if it can."""
-    if why := why_not_plain(param, "the parameter") or why_not_plain(grad, "its gradient"):
+    turns = param.is_complex()
+    if why := why_not_plain(param, "the parameter", turns) or why_not_plain(grad, "its gradient", turns):
         return why
+    if turns and (rule.look is not None or not grad.is_complex()):
+        what = f"its gradient is real ({grad.dtype})" if not grad.is_complex() else f"the rule {rule.name!r} is not"
+        return f"the parameter is complex ({param.dtype}), {what}"
     if rule.look is not None and is_flat(param):
         return f"it is {_FLAT}"
     if param.device.type == "meta":
@@ -344,8 +357,10 @@ def incomplete(rule: Rule, mine: Mapping[str, Any]) -> str:
 def _why_not_state(param: Tensor, tensor: Any) -> str | None:
     if not isinstance(tensor, Tensor):
         return f"must be a tensor, got {tensor!r}"
-    if why := why_not_plain(tensor, "it"):
+    if why := why_not_plain(tensor, "it", param.is_complex()):
         return f"cannot be used: {why}"
+    if tensor.is_complex() != param.is_complex():
+        return f"is {tensor.dtype}, the parameter {param.dtype}"
     if tensor.shape != param.shape:
         return f"has the shape {tuple(tensor.shape)}"
     if tensor.device != param.device:
@@ -360,8 +375,11 @@ def _why_not_step(param: Tensor, step: Any) -> str | None:
     return f"its state 'step' must be a 0-d fp32 tensor on {param.device}, got {step!r}"
 
 
-def why_not_plain(tensor: Tensor, what: str) -> str | None:
-    """Why a kernel cannot work on this kind of tensor, or None if it can. ``what`` is what the message calls it."""
+def why_not_plain(tensor: Tensor, what: str, complex_too: bool = False) -> str | None:
+    """Why a kernel cannot work on this kind of tensor, or None if it can. ``what`` is what the message calls it.
+
+    ``complex_too``: it may be complex, and is looked at as real.
+    """
     if type(tensor) in _USUAL and tensor.layout is torch.strided and tensor.is_floating_point():
         return _why_not_readable(tensor, what)
     sharded = sys.modules.get("torch.distributed.tensor")  # not imported: then there is no DTensor
@@ -369,13 +387,27 @@ def why_not_plain(tensor: Tensor, what: str) -> str | None:
         return f"{what} is a DTensor; sharded parameters are not supported yet"
     if tensor.layout != torch.strided:
         return f"{what} is sparse ({tensor.layout}); only dense tensors are supported"
-    if tensor.is_complex():
-        return f"{what} is complex ({tensor.dtype}); complex tensors are not supported"
-    if not tensor.is_floating_point():
+    if tensor.is_complex() and not complex_too:
+        return f"{what} is complex ({tensor.dtype}); complex tensors are not supported here"
+    if tensor.is_conj():
+        return f"{what} is a view with the conjugate bit set; resolve_conj() makes it a plain tensor"
+    if not (tensor.is_floating_point() or tensor.is_complex()):
         return f"{what} has the integer dtype {tensor.dtype}; only floating-point tensors are supported"
     if getattr(type(tensor), "__torch_dispatch__", None) is not _PLAIN_DISPATCH:
         return f"{what} is a {type(tensor).__name__}, which stands for other tensors; only plain ones are supported"
     return _why_not_readable(tensor, what)
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """The same memory as real numbers."""
+    return torch.view_as_real(tensor.detach())
+
+
+def _measured_mask(param: Tensor, mask: int) -> int:
+    """What a step that measures everything reduces of a parameter as the kernel sees it."""
+    if not param.is_complex():
+        return measured_mask(mask, param.ndim)
+    return axis_mask("out", param.ndim + 1) if param.ndim >= 2 else ALL_DIMS
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -202,7 +202,6 @@ class FusedOptimizer(Optimizer):
                 measured = buffer_for(rows, device)
             call = StepCall(
                 records.rule.name,
-                bundle.params,
                 *tensors,
                 hyper,
                 bundle.groups,

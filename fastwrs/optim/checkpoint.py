@@ -216,9 +216,12 @@ def _states(optimizer: FusedOptimizer, param: Tensor, values: Mapping[str, Any],
 
 
 def _moment(optimizer: FusedOptimizer, param: Tensor, name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.layout != torch.strided or not value.is_floating_point():
+    turns = param.is_complex()
+    fits = isinstance(value, Tensor) and value.layout == torch.strided
+    if not fits or not (value.is_complex() if turns else value.is_floating_point()):
         what = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"its saved state {name!r} must be a dense tensor of real numbers, got {what}")
+        kind = "complex" if turns else "real"
+        raise ValueError(f"its saved state {name!r} must be a dense tensor of {kind} numbers, got {what}")
     if torch.nn.parameter.is_lazy(param):  # it has no shape yet to compare with
         return value.detach().to(param.device, state_dtype_for(param, optimizer.state_dtype), copy=True)
     if value.shape != param.shape:

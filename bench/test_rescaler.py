@@ -1,0 +1,98 @@
+"""``WeightRescaler`` on the CPU against loops over weights in eager torch, in turns: `make bench`.
+
+The loops are the ways that we know to write it; each has a line, and the goal is for the fastest of them. They divide
+by the norm as it is; ours leaves groups alone whose norm is 0 or not finite, and counts steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import compare
+import lists
+import pytest
+import torch
+from compare import Ratio
+from test_step import Comparison
+from torch import Tensor
+
+import fastwrs
+
+BYTES = 8
+"""Per fp32 element: read once, written once."""
+GOAL = 0.6
+
+
+class Resting(torch.optim.Optimizer):
+    """An optimizer whose step does nothing, so that what follows it is all that there is to time."""
+
+    def step(self, closure: None = None) -> None:
+        """Nothing."""
+
+
+def ours(params: list[torch.nn.Parameter]) -> compare.Step:
+    optimizer = Resting(params, {"lr": 1.0})
+    fastwrs.WeightRescaler(optimizer, fastwrs.Rescale(), backend="cpu")
+    return optimizer.step
+
+
+def foreach_div(weights: list[Tensor]) -> None:
+    torch._foreach_div_(weights, [compare.norms(w) for w in weights])
+
+
+def foreach_mul_of_rows(weights: list[Tensor]) -> None:
+    rows = [w.view(len(w), -1) for w in weights]
+    factors = [torch.linalg.vector_norm(row, dim=1, keepdim=True) for row in rows]
+    torch._foreach_reciprocal_(factors)
+    torch._foreach_mul_(rows, factors)
+
+
+def foreach_squares(weights: list[Tensor]) -> None:
+    rows = [w.view(len(w), -1) for w in weights]
+    sums = [torch.einsum("ij,ij->i", row, row).unsqueeze(1) for row in rows]
+    torch._foreach_rsqrt_(sums)
+    torch._foreach_mul_(rows, sums)
+
+
+def one_by_one(weights: list[Tensor]) -> None:
+    for w in weights:
+        w.div_(compare.norms(w))
+
+
+def normalize(weights: list[Tensor]) -> None:
+    for w in weights:
+        rows = w.view(len(w), -1)
+        torch.nn.functional.normalize(rows, dim=1, out=rows)
+
+
+Loop = Callable[[list[Tensor]], None]
+LOOPS: tuple[Loop, ...] = (foreach_div, foreach_mul_of_rows, foreach_squares, one_by_one, normalize)
+
+
+def comparison(loop: Loop) -> Comparison:
+    goal = GOAL if "foreach" in loop.__name__ else None
+    return Comparison(f"resnet50 WeightRescaler / {loop.__name__}", "project", lists.resnet50, target=goal)
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_rescaler(loop: Loop, benchmark, record, rounds):
+    case = comparison(loop)
+    mine, other = (compare.make_params(case.shapes()) for _ in range(2))
+    our_step = ours(mine)
+    weights = [param.detach() for param in other if param.ndim >= 2]
+    our_step()
+    loop(weights)
+    for a, b in zip(mine, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+    their_times: list[float] = []
+
+    def theirs() -> None:
+        their_times.append(compare.timed(lambda: loop(weights), 1))
+
+    benchmark.pedantic(our_step, setup=theirs, rounds=rounds, warmup_rounds=3)
+    our_times = benchmark.stats.stats.data
+    their_times = their_times[-len(our_times) :]
+    elements = sum(math.prod(shape) for shape in case.shapes() if len(shape) >= 2)
+    record(case, Ratio.of(our_times, their_times), our_times, their_times, bytes_per_step=BYTES * elements)
