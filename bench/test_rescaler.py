@@ -4,6 +4,9 @@ The loops are the ways that we know to write it; each has a line, and the goal i
 by the norm as it is; ours leaves groups alone whose norm is 0 or not finite, and counts steps.
 """
 
+# torch._foreach_* is what users call by that name.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import math
