@@ -18,6 +18,7 @@ from fastwrs.measuring import Measured, Scope, group_count
 from fastwrs.optim.base import FusedOptimizer
 from fastwrs.options import axis_mask, common_axis
 from fastwrs.spec import MEASURED
+from fastwrs.wrapper import unwrapped
 
 Pairs = Mapping[str, str | Iterable[str]] | Iterable[tuple[str, str]]
 
@@ -164,7 +165,8 @@ def follow_batchnorm(model: nn.Module, optimizer: FusedOptimizer, pairs: Pairs |
 
     Args:
         model: holds the layers (``Linear``, ``Conv*d``, ``ConvTranspose*d``) and the BatchNorm layers.
-        optimizer: a fastwrs optimizer; its options may change later.
+        optimizer: a fastwrs optimizer, or the wrapper that a training framework has put around one; its options may
+            change later.
         pairs: None finds the pairs with ``torch.fx``: a BatchNorm that is called on the output of a layer, or of
             ``Identity`` or ``Dropout`` behind it, and always on that of the same layer, where nothing else uses that
             output, and the layer computes what torch's own class does (no ``forward`` of a subclass, no forward
@@ -188,6 +190,7 @@ def follow_batchnorm(model: nn.Module, optimizer: FusedOptimizer, pairs: Pairs |
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"follow_batchnorm: model must be an nn.Module, got {type(model).__name__}")
+    optimizer = unwrapped(optimizer)
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"follow_batchnorm: optimizer must be one of fastwrs, got {type(optimizer).__name__}")
     return BatchNormFollower(model, optimizer, pairs)

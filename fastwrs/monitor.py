@@ -17,6 +17,7 @@ from fastwrs.monitor_export import KEYS, Curves, Record, plain_number
 from fastwrs.monitor_store import Layout, Part, Reading, Store, lengths_on
 from fastwrs.optim.base import FusedOptimizer
 from fastwrs.spec import MEASURED
+from fastwrs.wrapper import unwrapped
 
 Names = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -67,7 +68,7 @@ class Monitor:
     monitored step gives the same bits as one that is not; on a GPU the last bit of a rescaled weight may differ.
 
     Args:
-        optimizer: a fastwrs optimizer.
+        optimizer: a fastwrs optimizer, or the wrapper that a training framework has put around one.
         every: measure each ``every``-th step of the optimizer, counted from 1 when the monitor is made; an int >= 1.
         names: ``model.named_parameters()``, or a dict of names and parameters. Parameters that are not in it have the
             name of their param group's ``param_names``, as from :func:`fastwrs.param_groups`, else ``params[g][i]``:
@@ -91,6 +92,7 @@ class Monitor:
         channels: int = 16,
         layers: int = 10_000,
     ) -> None:
+        optimizer = unwrapped(optimizer)
         if not isinstance(optimizer, FusedOptimizer):
             raise TypeError(f"Monitor: optimizer must be one of fastwrs, got {type(optimizer).__name__}")
         self.optimizer, self.every = optimizer, _whole("every", every, 1)

@@ -17,6 +17,7 @@ from fastwrs.optim.base import FusedOptimizer
 from fastwrs.options import Rescale
 from fastwrs.plan import label, why_not
 from fastwrs.spec import RULES
+from fastwrs.wrapper import unwrapped
 
 _NAMES = "param_names"
 
@@ -44,7 +45,8 @@ class WeightRescaler:
     copied or pickled, and so the rescaler: copy or pickle it, and it brings its optimizer along.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``; what it does to weights outside of ``step`` is not seen.
+        optimizer: any ``torch.optim.Optimizer``, or the wrapper that a training framework has put around one; what it
+            does to weights outside of ``step`` is not seen.
         rescale: when, over which dimensions and to what norm.
         params: parameters of the optimizer. None: all of its parameters that are real and have at least 2 dimensions,
             those of groups that come later included.
@@ -70,6 +72,7 @@ class WeightRescaler:
         *,
         backend: str = "auto",
     ) -> None:
+        optimizer = unwrapped(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"WeightRescaler: optimizer must be an Optimizer, got {type(optimizer).__name__}")
         if not isinstance(rescale, Rescale):

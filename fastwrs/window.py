@@ -9,6 +9,7 @@ from weakref import WeakSet
 from torch.optim import Optimizer
 
 from fastwrs.options import checked_whole, checked_window
+from fastwrs.wrapper import unwrapped
 
 _KEY, _OWN = "weight_decay", "initial_weight_decay"
 _taken: WeakSet[Optimizer] = WeakSet()
@@ -40,7 +41,8 @@ class WeightDecayWindow:
     To resume, load the optimizer's state dict and the window's, in any order.
 
     Args:
-        optimizer: any optimizer whose param groups have ``weight_decay``, of torch or of fastwrs.
+        optimizer: any optimizer whose param groups have ``weight_decay``, of torch or of fastwrs, or the wrapper that a
+            training framework has put around one.
         start, stop: the first step of the window, an int >= 0, and the first step after it, an int > start (None: it
             never closes).
 
@@ -58,6 +60,7 @@ class WeightDecayWindow:
     _hooks: tuple[Any, ...] = ()
 
     def __init__(self, optimizer: Optimizer, start: int = 0, stop: int | None = None) -> None:
+        optimizer = unwrapped(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"WeightDecayWindow: optimizer must be an Optimizer, got {type(optimizer).__name__}")
         if _KEY not in optimizer.defaults and not all(_KEY in group for group in optimizer.param_groups):

@@ -32,20 +32,22 @@ ONLY = {
     "fastwrs.measuring": ("fastwrs.spec", "fastwrs.options"),
     "fastwrs.monitor": (
         *("fastwrs.measuring", "fastwrs.monitor_export", "fastwrs.monitor_store", "fastwrs.optim.base"),
-        "fastwrs.spec",
+        *("fastwrs.spec", "fastwrs.wrapper"),
     ),
     "fastwrs.monitor_export": ("fastwrs.spec",),
     "fastwrs.monitor_store": ("fastwrs.library",),
     "fastwrs.batchnorm": (
         *("fastwrs.batchnorm_pairs", "fastwrs.measuring", "fastwrs.optim.base"),
-        *("fastwrs.options", "fastwrs.spec"),
+        *("fastwrs.options", "fastwrs.spec", "fastwrs.wrapper"),
     ),
     "fastwrs.batchnorm_pairs": (),
     "fastwrs.nn": ("fastwrs.options",),
-    "fastwrs.window": ("fastwrs.options",),
+    "fastwrs.window": ("fastwrs.options", "fastwrs.wrapper"),
     "fastwrs.rescaler": (
         *("fastwrs.measuring", "fastwrs.optim.base", "fastwrs.options", "fastwrs.plan", "fastwrs.spec"),
+        "fastwrs.wrapper",
     ),
+    "fastwrs.wrapper": (),
     "fastwrs.analysis": ("fastwrs.options",),
 }
 # What a module may import beyond torch, when it is used: an extra. test_house.py sees that `import fastwrs` does not.
