@@ -22,6 +22,9 @@ from fastwrs.spec import Rule
 if TYPE_CHECKING:
     from fastwrs.optim.base import FusedOptimizer
 
+# Frameworks save more than state dicts, a module's arguments or whole param groups, and load it weights_only.
+torch.serialization.add_safe_globals([Rescale, Shrink])
+
 _SHARED = (
     "lr",
     "weight_decay",
