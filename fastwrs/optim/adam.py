@@ -38,8 +38,9 @@ class Adam(FusedOptimizer):
         w = w * target / |w|                          for each norm group, if rescale (then there is no shrink)
 
     All arguments but the last four are those of ``torch.optim.Adam``. Parameters of any shape; every parameter has its
-    own step count t. ``foreach`` and ``fused`` are accepted and ignored, ``capturable`` is accepted: the step never
-    waits for the device. ``betas`` may be CPU tensors, which are read in each step.
+    own step count t. ``foreach`` is accepted and ignored, and so is ``fused``, but for ``fused=False``, with which
+    GradScaler unscales the gradients and skips steps itself. ``capturable`` is accepted: the step never waits for the
+    device. ``betas`` may be CPU tensors, which are read in each step.
 
     Args:
         rescale: a :class:`fastwrs.Rescale` or None; may be set per param group, see :func:`fastwrs.param_groups`.

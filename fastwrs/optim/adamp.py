@@ -41,8 +41,7 @@ class AdamP(FusedOptimizer):
         delta: how small a cosine has to be; 0 or less never opens a gate.
         wd_ratio: what is left of the weight decay of scale-invariant weights; >= 0.
         nesterov: looks one step ahead in the first moment.
-        maximize, foreach, fused, differentiable: as in torch.optim; the middle two are accepted and ignored, the last
-            one is refused.
+        maximize, foreach, fused, differentiable: as in :class:`fastwrs.Adam`; the last one is refused.
         rescale, shrink, state_dtype, backend: as in :class:`fastwrs.Adam`.
 
     Raises:

@@ -29,8 +29,6 @@ class FusedOptimizer(Optimizer):
     """The base of all fastwrs optimizers. A subclass names its rule and gives its hyperparameters."""
 
     rule: ClassVar[Rule]
-    _step_supports_amp_scaling = True  # GradScaler then hands `grad_scale` and `found_inf` to the step
-
     _plans: tuple[Plan, ...] = ()  # all for the same options, parameters and state dicts; the last one used comes first
     _records: Records | None = None
     _watchers: tuple[Watcher, ...] = ()  # who wants to know what a step measures; a copy of the optimizer has none
@@ -62,6 +60,15 @@ class FusedOptimizer(Optimizer):
     def numbers(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The rule's own hyperparameters of a param group, by the names of the record."""
         return {hyper.name: group[hyper.name] for hyper in self.rule.hypers}
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler hands `grad_scale` and `found_inf` to the step, instead of unscaling and skipping itself.
+
+        With ``fused=False`` it does not, as in torch: what looks at gradients between the two, or at whether a step was
+        taken, needs that (Lightning's gradient clipping, Accelerate's schedulers).
+        """
+        return self.defaults["fused"] is not False
 
     # ------------------------------------------------------------------------------------------------------- the step
 

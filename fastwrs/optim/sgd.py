@@ -29,7 +29,7 @@ class SGD(FusedOptimizer):
         w   = w * target / |w|                        for each norm group, if rescale (then there is no shrink)
 
     All arguments but the last five are those of ``torch.optim.SGD``. Parameters of any shape; every parameter has its
-    own step count. ``foreach`` and ``fused`` are accepted and ignored.
+    own step count. ``foreach`` and ``fused`` are as in :class:`fastwrs.Adam`.
 
     Args:
         rescale: a :class:`fastwrs.Rescale` or None; may be set per param group, see :func:`fastwrs.param_groups`.

@@ -39,8 +39,7 @@ class SGDP(FusedOptimizer):
         eps, delta, wd_ratio: as in :class:`fastwrs.AdamP`.
         project_momentum: in the authors' code step and buffer are one tensor without nesterov, so that the projection
             changes the buffer too. True does as they do; False leaves the buffer alone, as timm since 1.0.26.
-        maximize, foreach, fused, differentiable: as in torch.optim; the middle two are accepted and ignored, the last
-            one is refused.
+        maximize, foreach, fused, differentiable: as in :class:`fastwrs.Adam`; the last one is refused.
         rescale, shrink, state_dtype, backend: as in :class:`fastwrs.SGD`.
 
     Raises:
