@@ -39,8 +39,8 @@ def param_groups(
     parameter                                                         rescaled  decayed
     ================================================================  ========  =======
     weight of ``Linear``, ``Conv*d``, ``ConvTranspose*d`` with        yes       no
-    ``groups=1``; ``in_proj_weight`` and ``q/k/v_proj_weight`` of
-    ``MultiheadAttention``
+    ``groups=1``, ``Conv1D`` of transformers; ``in_proj_weight`` and
+    ``q/k/v_proj_weight`` of ``MultiheadAttention``
     all of a normalisation layer (torch's and ``norm_types``)         no        yes
     biases, embeddings, recurrent, parametrized and complex weights,  no        no
     the rest
@@ -49,7 +49,8 @@ def param_groups(
     An output channel of ``ConvTranspose*d`` lies in dimension 1, so there ``"out"`` becomes every dimension but 1, and
     ``"in"`` becomes dimension 0. With ``groups > 1`` it is not rescaled, and a warning names it. A convolution with one
     input channel per group (depthwise) takes ``"out"`` where the rest takes ``"in"``, which would leave only signs;
-    so does a ``ConvTranspose*d`` with one input channel, and ``"out"`` means there what it says above.
+    so does a ``ConvTranspose*d`` with one input channel, and ``"out"`` means there what it says above. GPT-2's
+    ``Conv1D`` is a ``Linear`` with a transposed weight: its output channels lie in dimension 1 too.
     A tied parameter appears once, in its first role; but where any of its roles is a skipped head, it is left alone.
 
     Args:
@@ -139,7 +140,7 @@ def _weight_role(module: nn.Module, key: str, path: str, axis: Axis | None) -> R
     if isinstance(module, nn.MultiheadAttention):
         weight = key in _MHA_WEIGHTS
     else:
-        weight = key == "weight" and isinstance(module, (nn.Linear, _ConvNd))
+        weight = key == "weight" and (isinstance(module, (nn.Linear, _ConvNd)) or _is_conv1d(module))
     if not weight or axis is None:
         return _PLAIN
     if isinstance(module, _ConvTransposeNd) and module.groups > 1:
@@ -153,7 +154,15 @@ def _weight_role(module: nn.Module, key: str, path: str, axis: Axis | None) -> R
         axis = "out"
     if isinstance(module, _ConvTransposeNd):
         axis = _transposed(axis, len(module.kernel_size) + 2)
+    if _is_conv1d(module):
+        axis = _transposed(axis, 2)
     return "rescale", axis
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the layer of GPT-2 and its kin. Known by its name: transformers need not be installed."""
+    names = {(kind.__module__, kind.__name__) for kind in type(module).__mro__}
+    return ("transformers.pytorch_utils", "Conv1D") in names
 
 
 def _transposed(axis: Axis, ndim: int) -> Axis:
