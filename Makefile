@@ -63,7 +63,7 @@ format: $(VENV)/.tools
 	$(VENV)/bin/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastwrs/_C*.so .hypothesis .ruff_cache examples/digits/out examples/paper/out/digits
+	rm -rf $(VENV) build dist *.egg-info fastwrs/_C*.so .hypothesis .ruff_cache examples/digits/out examples/frameworks/out examples/paper/out/digits
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Three stamps: what a build needs (pinned torch first), the built package with what the demo needs, the tools of tests.

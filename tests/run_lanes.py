@@ -176,13 +176,15 @@ def interpreted() -> int:
 
 OTHERS = (
     "oracle or cpu or negative_control or emulated or emulated_control or compiled or interpreted or triton_compiled"
-    " or gpu"
+    " or gpu or frameworks"
 )
 LANES = (
     Lane("lint", 60, lint),
     Lane("oracle", 60, lambda: pytest_("oracle")),
     Lane("cpu", 180, lambda: pytest_on_two_cores("cpu and not negative_control")),
     Lane("house", 150, lambda: pytest_on_two_cores(f"not ({OTHERS})")),
+    # As on a machine that may not ask the hub of Hugging Face.
+    Lane("frameworks", 180, lambda: pytest_on_two_cores("frameworks", HF_HUB_OFFLINE="1")),
     Lane("sanitizers", 300, sanitizers),
     Lane("negative control", 420, lambda: pytest_("negative_control")),
     Lane("emulated", 540, emulated),

@@ -68,6 +68,16 @@ def test_every_proof_of_the_contract_exists():
     assert found <= {name for _, name in named}
 
 
+def test_the_contract_names_the_versions_that_are_pinned():
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)", read("requirements/ci.txt"), re.M))
+    names = {"Hugging Face Trainer": "transformers", "Lightning": "lightning", "Lightning Fabric": "lightning"}
+    names |= {"Accelerate": "accelerate"}
+    rows = re.findall(r"^\| ([\w .]+) \| (torch )?(\d+\.\d+\.\d+) \|", read("docs/contract.md"), re.M)
+    assert len(rows) == 9
+    for name, torch, version in rows:
+        assert version == pinned["torch" if torch else names[name]], name
+
+
 def test_the_quick_start_runs():
     code = re.findall(r"```python\n(.*?)```", read("README.md"), re.S)
     assert len(code) == 1
