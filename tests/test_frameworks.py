@@ -414,6 +414,19 @@ def wrapped(kind: str, model: nn.Module, optimizer: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["accelerate", "fabric", "lightning"])
+def test_a_weight_rescaler_sees_through_the_wrapper_of_any_optimizer(kind: str) -> None:
+    model = module("digits_task").make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rescaler = fastwrs.WeightRescaler(wrapped(kind, model, optimizer), fastwrs.Rescale())
+    assert rescaler.optimizer is optimizer
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    norms = fastwrs.channel_norms([p for p in model.parameters() if p.ndim >= 2])
+    assert max(float((norm - 1).abs().max()) for norm in norms) < 3e-7
+
+
+@pytest.mark.parametrize("kind", ["accelerate", "fabric", "lightning"])
 def test_what_watches_an_optimizer_sees_through_its_wrapper(kind: str) -> None:
     model = module("digits_task").make_model()
     optimizer = fastwrs.AdamW(fastwrs.param_groups(model, weight_decay=0.1), lr=0.1)

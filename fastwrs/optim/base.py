@@ -68,7 +68,7 @@ class FusedOptimizer(Optimizer):
         With ``fused=False`` it does not, as in torch: what looks at gradients between the two, or at whether a step was
         taken, needs that (Lightning's gradient clipping, Accelerate's schedulers).
         """
-        return self.defaults["fused"] is not False
+        return self.defaults.get("fused") is not False  # a WeightRescaler's projector has no such option
 
     # ------------------------------------------------------------------------------------------------------- the step
 
