@@ -570,8 +570,9 @@ def _add_projected(add: Callable[..., None], tensor: Callable[..., TensorCase]) 
         add("idle", some_options.deal(), tensors, project, **(dealt | more))
 
     for name in PROJECTIONS:
-        for dtypes in DTYPES:
-            projected([tensor((8, 16, 3, 3)), tensor((13, 29)), tensor()], name, dtypes=dtypes)
+        projected([tensor((8, 16, 3, 3)), tensor((13, 29)), tensor()], name)
+    for dtypes in DTYPES:
+        projected([tensor((8, 16, 3, 3)), tensor((13, 29)), tensor()], "rescale", dtypes=dtypes, measured=False)
     for shape in SHAPES_CONV + SHAPES_EDGE + SHAPES_SMALL + SHAPES_LARGE + SHAPES_1D + SHAPES_3D:
         projected([tensor(shape)])
     for k, shape in enumerate(SHAPES_LONG):

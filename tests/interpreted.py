@@ -270,14 +270,17 @@ def _long_columns(shape: tuple[int, ...], option: str, layout: str, project: str
 def _unmeasured() -> list[Case]:
     """What is measured takes other ways: sums of all kinds, and no unit that is longer than a tile.
 
-    Those of some themes are measured or not as they come: of these long rows, and some of the others.
+    Those of some themes are measured or not as they come: of these long rows, and some of the others. Of the rest every
+    second one, and all whose norm groups are large.
     """
     measured = [case for case in ALL if case.measured]
     looking = [case for case in measured if case.theme in LOOKING]
     single = [case for case in looking if len(case.tensors) == 1 and case.tensors[0].axis != (0,)]
     long = [case for case in single if math.prod(case.tensors[0].shape[1:]) > 16000]
     chosen = [*long, *[case for case in looking if case.numel <= 16000 and len(case.tensors) < 9][::6]]
-    cases = [case for case in measured if case not in looking or case in chosen]
+    others = [case for case in measured if case not in looking]
+    large = [case for case in others if case.theme in ("long", "columns", "layout")]
+    cases = [*chosen, *large, *[case for case in others if case not in large][::2]]
     return [replace(case, measured=False, tags=f"{case.tags}-unmeasured") for case in cases]
 
 

@@ -110,16 +110,16 @@ class Kernel:
 
     @property
     def words(self) -> list[int]:
-        """Words of 16 bytes that such a vector has in each array."""
-        return [SIZES[name] * self.vector // 16 for name in self.types]
+        """Words of 16 bytes that such a vector has in each array; a gradient that is not read has none."""
+        return [SIZES[name] * self.vector // 16 for name in self.types[: 1 if self.rule == "project" else None]]
 
     @property
     def stored(self) -> int:
         """Words of such a vector in the arrays that may be written: all, but for the passes of a rule with a gate.
 
-        And in a first look at the weights alone, which writes no array.
+        None in a first look at the weights alone, nor by a rule without an update, which keeps them on chip.
         """
-        if self.phase == "shift":
+        if self.phase == "shift" or self.rule == "project":
             return 0
         if not (self.rule and RULES[self.rule].gated):
             return sum(self.words)
@@ -141,7 +141,8 @@ def kernels_of(triple: int) -> set[Kernel]:
         for slots in range(sum(slot.when is None for slot in rule.slots), len(rule.slots) + 1):
             for phase in ("gate", "step") if rule.gated else ("step",):
                 kernels.add(Kernel(phase, (param, grad, *[state] * slots), walk, rule.name, state))
-    return kernels
+    # there is no gradient, and no state, to have another type
+    return {k for k in kernels if k.rule != "project" or (param == grad and state != "bfloat16")}
 
 
 def kernel_of(demangled: str) -> Kernel:
