@@ -243,6 +243,31 @@ def test_remove_and_several() -> None:
     assert "axis='tensor'" in repr(two)
 
 
+class Lookahead(Optimizer):
+    """Holds another optimizer, and goes half way back after each of its steps."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        before = [p.clone() for p in self.param_groups[0]["params"]]
+        self.optimizer.step()
+        for param, old in zip(self.param_groups[0]["params"], before, strict=True):
+            param.lerp_(old, 0.5)
+
+
+def test_an_optimizer_that_holds_another_one() -> None:
+    """The projection comes after all that its step does, not in between."""
+    model = network()
+    optimizer = Lookahead(torch.optim.SGD(model.parameters(), lr=0.1))
+    WeightRescaler(optimizer, Rescale())
+    train(model, optimizer, range(2))
+    assert held(optimizer, 1.0)
+
+
 def test_bad_arguments() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
