@@ -39,9 +39,11 @@ class SGD(FusedOptimizer):
         shifted_l2: None, or the numbers ``(lam, eps)`` of the epsilon-shifted L2 term, both finite and >= 0; per group
             too. The paper has ``(1e-4, 1e-3)``. A channel is an index of dimension 0, mu the mean of its weights and s
             their unbiased standard deviation. A channel whose s is 0 or not defined (all weights equal, or a single
-            one) gets ``lam * mu``; one that is not finite stays so by itself. Parameters of less than two dimensions
-            have no channels, and are left alone. It looks at the weights once before the step, and so costs reading
-            them once more: 24 bytes per fp32 parameter with momentum instead of 20.
+            one) gets ``lam * mu``; one that is not finite stays so by itself. Squares of ``w - mu`` are summed in the
+            weight's dtype, in fp32 for bf16 and fp16, where the norm of a channel's ``w - mu`` has to lie between 1e-19
+            and 1e19: below that s has few digits or none, above it the channel becomes NaN. Parameters of less than two
+            dimensions have no channels, and are left alone. It looks at the weights once before the step, and so costs
+            reading them once more: 24 bytes per fp32 parameter with momentum instead of 20.
         state_dtype: None keeps the buffer in fp32 (fp64 for fp64); ``torch.bfloat16`` is for bf16 parameters.
         backend: ``"auto"``, or the name of one of :func:`fastwrs.backends`.
 
