@@ -21,22 +21,24 @@ from common.setup import Setup, mean_and_spread, parse, text_table
 NETWORK = "resnet18"
 TUNED_WITH = ("sgdm", "adamw")
 COMPARED = ("wd", "wrs")
-CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "tiny-imagenet": 200}
+
+
+def halves(setup: Setup) -> list[tuple[int, int]]:
+    """The classes of the backbone, and those it is tuned on."""
+    return data_sets.class_ranges(setup.data, 2)
 
 
 def backbone(setup: Setup, seed: int) -> Settings:
     """SGDM with decay, on the first half of the classes."""
-    half = CLASSES[setup.data] // 2
-    settings = setup.settings(NETWORK, "sgdm", "wd", seed, classes=(0, half))
+    settings = setup.settings(NETWORK, "sgdm", "wd", seed, classes=halves(setup)[0])
     return replace(settings, keep_weights=(settings.epochs,))
 
 
 def tuned(setup: Setup, optimizer: str, method: str, seed: int) -> Settings:
     """On the other half."""
     lr = setup.recipe.lr[optimizer] / 10
-    rest = CLASSES[setup.data] // 2, CLASSES[setup.data]
     start = backbone(setup, seed).name
-    return setup.settings(NETWORK, optimizer, method, seed, lr=lr, classes=rest, start_from=start)
+    return setup.settings(NETWORK, optimizer, method, seed, lr=lr, classes=halves(setup)[1], start_from=start)
 
 
 def variants() -> list[tuple[str, str]]:
@@ -74,7 +76,7 @@ def summary(setup: Setup) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    setup = parse(__doc__, arguments)
+    setup = parse(__doc__, arguments, parts=2)
     setup.runs.train([backbone(setup, seed) for seed in setup.seeds(NETWORK)], "backbones")
     grid = [tuned(setup, *variant, seed) for variant in variants() for seed in setup.seeds(NETWORK)]
     setup.runs.train(grid, "fine-tuning")
@@ -83,7 +85,6 @@ def main(arguments: list[str] | None = None) -> None:
     setup.write("finetune_summary.csv", rows)
     print(text_table(rows))
     figure, axes = plots.panels(1, len(TUNED_WITH), width=5)
-    half = CLASSES[setup.data] // 2
     for panel, optimizer in zip(axes[0], TUNED_WITH, strict=True):
         for method in COMPARED:
             runs = [setup.runs[tuned(setup, optimizer, method, seed)]["epochs"] for seed in setup.seeds(NETWORK)]
@@ -94,7 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
         title = f"{setup.scale(NETWORK)}, tuned with {OPTIMIZERS[optimizer]}"
         panel.set(title=title, xlabel="epoch of tuning", ylabel="test accuracy (%)")
         panel.legend(fontsize=8)
-    what = f"backbone: classes 0-{half - 1}, tuned: {half}-{2 * half - 1} of {data_sets.TITLES[setup.data]}"
+    first, rest = (f"{low}-{high - 1}" for low, high in halves(setup))
+    what = f"backbone: classes {first}, tuned: {rest} of {data_sets.TITLES[setup.data]}"
     plots.save(figure, setup, "finetune.png", f"{what}; bands: least and greatest over seeds")
 
 

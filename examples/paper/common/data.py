@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 NAMES = ("digits", "cifar10", "cifar100", "tiny-imagenet")
 TITLES = {"digits": "digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tiny-imagenet": "Tiny ImageNet"}
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "tiny-imagenet": 200}
 VALIDATION = {"digits": 197, "cifar10": 5000, "cifar100": 5000, "tiny-imagenet": 10000}
 DIGITS_TEST = 1000
 JITTER = 0.2  # how far brightness, contrast and saturation are changed at most, and the hue in turns / 5
@@ -93,14 +94,28 @@ def why_missing(name: str, root: Path | None) -> str | None:
     return f"--data {name}: {root} has no {', no '.join(missing)}: {SOURCES[name]}" if missing else None
 
 
-def why_not(name: str, root: Path | None, train_images: int | None, batch: int) -> str | None:
-    """Why so many training images cannot be taken, or None."""
+def class_ranges(name: str, parts: int) -> list[tuple[int, int]]:
+    """The classes in so many parts of equal size: of each the first and the one after the last."""
+    size = CLASSES[name] // parts
+    return [(k * size, (k + 1) * size) for k in range(parts)]
+
+
+def why_not(
+    name: str, root: Path | None, train_images: int | None, test_images: int | None, batch: int, parts: int = 1
+) -> str | None:
+    """Why so many training images cannot be taken, the classes in so many parts, or None."""
     if train_images is None:
         return None
-    there = len(load(name, root, None).train.y)
-    if train_images > there:
-        return f"{TITLES[name]} has {there}, without those for validation"
-    return f"a batch has {batch}" if train_images < batch else None
+    labels = load(name, root, train_images, test_images).train
+    if len(labels.y) < train_images:
+        return f"{TITLES[name]} has {len(labels.y)}, without those for validation"
+    if train_images < batch:
+        return f"a batch has {batch}"
+    for low, high in class_ranges(name, parts):
+        count = len(labels.of_classes(low, high).y)
+        if count < batch:
+            return f"{count} are of the classes {low} to {high - 1}, which have a run of their own; a batch has {batch}"
+    return None
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import threading
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from . import data as data_sets
 from .recipes import Settings
-from .train import Record, Run
+from .train import RESULT, Record, Run, load_result
 
 _QUEUE: Any = None
 
@@ -36,8 +35,7 @@ class Runs:
 
     def __getitem__(self, settings: Settings) -> Record:
         if settings not in self._found:
-            text = (self.folder / settings.name / "result.json").read_text(encoding="utf-8")
-            self._found[settings] = json.loads(text)
+            self._found[settings] = load_result(self.folder / settings.name / RESULT)
         return self._found[settings]
 
     def final(self, settings: Settings, figure: str = "test") -> float:
@@ -45,8 +43,12 @@ class Runs:
         return self[settings]["epochs"][-1][figure]
 
     def train(self, grid: Sequence[Settings], title: str) -> None:
-        """Trains what is not finished yet. What was interrupted goes on where it was."""
-        todo = [s for s in dict.fromkeys(grid) if not (self.folder / s.name / "result.json").exists()]
+        """Trains what is not finished yet. What was interrupted goes on where it was.
+
+        Raises:
+            ValueError: a file of a run is damaged; the message names it.
+        """
+        todo = [settings for settings in dict.fromkeys(grid) if not self._finished(settings)]
         longest_first = sorted(todo, key=lambda s: s.network != "wrn28-10")  # so that no core waits for long at the end
         with tqdm(total=sum(s.epochs for s in todo), desc=title, unit="epoch", disable=not todo) as bar:
             if self.jobs == 1 or len(todo) == 1:
@@ -55,6 +57,10 @@ class Runs:
                     bar.refresh()
             elif todo:
                 self._side_by_side(longest_first, bar)
+
+    def _finished(self, settings: Settings) -> bool:
+        """Whether there is a result. It is read at once, so that a damaged one is found before others are trained."""
+        return (self.folder / settings.name / RESULT).exists() and bool(self[settings])
 
     def _side_by_side(self, todo: list[Settings], bar: tqdm) -> None:
         # Not fork: threads and a GPU that this process uses already would be lost in the children.

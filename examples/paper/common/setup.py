@@ -73,8 +73,11 @@ class Setup:
         print(f"wrote {path}")
 
 
-def parse(description: str | None, arguments: list[str] | None = None) -> Setup:
-    """Reads the command line. Says what is missing and exits where a data set is not there."""
+def parse(description: str | None, arguments: list[str] | None = None, parts: int = 1) -> Setup:
+    """Reads the command line. Says what is missing and exits where a data set is not there.
+
+    ``parts``: the script trains on the classes in so many parts, each by itself.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=data_sets.NAMES, default="digits", help="digits is the small size")
     parser.add_argument("--root", type=Path, help="the folder with the files of the data set")
@@ -116,8 +119,10 @@ def parse(description: str | None, arguments: list[str] | None = None) -> Setup:
         parser.error(f"--device {device}: {error}")
     if options.backend != "auto" and (why := fastwrs.backends().get(options.backend, "there is no such backend")):
         parser.error(f"--backend {options.backend}: {why}; there are auto, {', '.join(fastwrs.backends())}")
-    if why := data_sets.why_not(options.data, options.root, options.train_images, recipe.batch):
-        parser.error(f"--train-images {options.train_images}: {why}")
+    images = recipe.train_images, recipe.test_images
+    if why := data_sets.why_not(options.data, options.root, *images, recipe.batch, parts):
+        given = "" if options.train_images else " (the recipe's)"
+        parser.error(f"--train-images {recipe.train_images}{given}: {why}")
     out = options.out / variant
     out.mkdir(parents=True, exist_ok=True)
     jobs = options.jobs or (len(os.sched_getaffinity(0)) if device == "cpu" else 1)

@@ -29,6 +29,7 @@ from .recipes import RESCALED, Settings
 STATISTICS_BATCHES = 10
 """So many batches of training images, not augmented, give BatchNorm's statistics before an evaluation."""
 
+RESULT = "result.json"
 Record = dict[str, Any]
 
 
@@ -180,9 +181,9 @@ class Run:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder.with_name(f"{self.folder.name}.lock")):
-            finished = self.folder / "result.json"
+            finished = self.folder / RESULT
             # another script may have trained it meanwhile
-            return json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else self._train(progress)
+            return load_result(finished) if finished.exists() else self._train(progress)
 
     def _train(self, progress: Callable[[], None]) -> Record:
         checkpoint = self.folder / "checkpoint.pt"
@@ -201,7 +202,7 @@ class Run:
         result = {
             "settings": self.settings.plain(), "steps": steps, "epochs": self.epochs, "measured": self.measured
         }  # fmt: skip
-        with replaced(self.folder / "result.json") as file:
+        with replaced(self.folder / RESULT) as file:
             file.write_text(json.dumps(result), encoding="utf-8")
         checkpoint.unlink()
         return result
@@ -273,7 +274,22 @@ def load_file(path: Path, device: str) -> Record:
     try:
         return torch.load(path, weights_only=True, map_location=device)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged: remove {path.parent} and start again") from error
+        raise _damaged(path) from error
+
+
+def load_result(path: Path) -> Record:
+    """What a run has left when it was finished, see :meth:`Run.train`."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not text
+        raise _damaged(path) from error
+    if not isinstance(found, dict) or not {"settings", "steps", "epochs", "measured"} <= set(found):
+        raise _damaged(path)
+    return found
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"{path} is damaged: remove {path.parent} and start again")
 
 
 @contextmanager
