@@ -3,9 +3,10 @@
     python examples/paper/fig1_fig6.py [--data cifar100 --root DIR] [--help]
 
 Fig. 1: SGDM with decay in all epochs, and with decay until the learning rate is divided first. Fig. 6a: VGG16 with
-decay or rescaling in all epochs, before that, and after it. Fig. 6b: ResNet-18 with WRS, bounded weight norm (with
-mean-only BatchNorm), WD, and weight standardization with and without WD. Writes fig1_fig6.csv (curves),
-fig1_fig6_summary.csv, fig1.png and fig6.png.
+decay or rescaling in all epochs, before that, and after it, and without either. A window of WD is one for BatchNorm's
+decay too; that of WRS is for the rescale alone, and BatchNorm is decayed in all epochs. Fig. 6b: ResNet-18 with WRS,
+bounded weight norm (with mean-only BatchNorm), WD, and weight standardization with and without WD. Writes fig1_fig6.csv
+(curves), fig1_fig6_summary.csv, fig1.png and fig6.png.
 """
 
 from __future__ import annotations
@@ -49,7 +50,11 @@ def panels_of() -> dict[str, list[Curve]]:
     """The curves by panel."""
     return {
         **{f"fig1 {network}": [(network, "wd", "all"), (network, "wd", "early")] for network in FIG1},
-        "fig6a": [("vgg16", method, window) for method in ("wrs", "wd") for window in WINDOWS],
+        # Fig. 3 looks at the run without decay too.
+        "fig6a": [
+            *(("vgg16", method, window) for method in ("wrs", "wd") for window in WINDOWS),
+            ("vgg16", "off", "all"),
+        ],
         "fig6b": [("resnet18", method, "all") for method in FIG6B],
     }
 
@@ -58,7 +63,8 @@ def name_of(setup: Setup, curve: Curve) -> str:
     """For the legend."""
     settings = run(setup, curve, 0)
     first, end = settings.window or (0, settings.epochs)
-    return METHODS[curve[1]] + (f", epochs {first}-{end}" if curve[0] == "vgg16" or "wd" in curve else "")
+    windowed = curve[0] == "vgg16" or "wd" in curve
+    return METHODS[curve[1]] + (f", epochs {first}-{end}" if windowed and "off" not in curve else "")
 
 
 def summary(setup: Setup) -> list[dict[str, Any]]:
@@ -68,12 +74,12 @@ def summary(setup: Setup) -> list[dict[str, Any]]:
         for curve in curves:
             runs = [run(setup, curve, seed) for seed in setup.seeds(curve[0])]
             final = [setup.runs.final(settings) for settings in runs]
-            lost = [
-                max(e["test"] for e in setup.runs[s]["epochs"] if e["epoch"] > (s.milestones or (0,))[0])
-                - setup.runs.final(s)
-                for s in runs
+            later = [
+                [e["test"] for e in setup.runs[s]["epochs"] if e["epoch"] > (s.milestones or (0,))[0]] for s in runs
             ]
-            (mean, spread), (drop, _) = mean_and_spread(final), mean_and_spread(lost)
+            lost = [max(some) - end for some, end in zip(later, final, strict=True) if some]
+            mean, spread = mean_and_spread(final)
+            drop = mean_and_spread(lost)[0] if lost else None  # a run may end before the learning rate is divided
             rows.append({
                 "panel": panel, "network": curve[0], "method": METHODS[curve[1]], "window": curve[2],
                 "test_accuracy": mean, "standard_deviation": spread, "best_minus_final": drop, "seeds": len(runs),
