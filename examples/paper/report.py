@@ -35,15 +35,20 @@ def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def number(text: str, digits: int = 2) -> str:
-    """A number of a CSV file, rounded; nothing stays nothing."""
-    return f"{float(text):.{digits}f}" if text else ""
+def number(text: str, digits: int | str = 2) -> str:
+    """A number of a CSV file, rounded to so many decimal places or in a format; nothing stays nothing."""
+    return format(float(text), f".{digits}f" if isinstance(digits, int) else digits) if text else ""
+
+
+def with_spread(row: Row, mean: str, deviation: str, digits: int | str = 2) -> str:
+    """Mean (standard deviation), by the names of their columns."""
+    spread = number(row[deviation], digits)
+    return number(row[mean], digits) + (f" ({spread})" if spread else "")
 
 
 def accuracy(row: Row) -> str:
     """Mean (standard deviation), in percent."""
-    spread = number(row["standard_deviation"])
-    return number(row["test_accuracy"]) + (f" ({spread})" if spread else "")
+    return with_spread(row, "test_accuracy", "standard_deviation")
 
 
 def table1(folder: Path) -> str:
@@ -92,25 +97,32 @@ def windows(folder: Path, panels: str) -> str:
 
 
 def fig2a(folder: Path) -> str:
-    """How the effective gradient norm grows while the learning rate stays."""
-    lines = [
-        [NAMES[r["network"]], r["optimizer"], *(number(r[f"growth_{method}"]) for method in ("off", "wd", "wrs"))]
-        for r in read(folder, "fig2_summary.csv")
-    ]
-    return markdown(["network", "optimizer", "no decay", "WD", "WRS"], lines)
+    """What the effective gradient norm does: without decay, with each lambda, with the tau of the recipe."""
+    figures = {"first_epoch": ".3g", "level": ".3g", "growth": 2, "trend": 2}
+    lines = []
+    for r in read(folder, "fig2a_summary.csv"):
+        if r["method"] == "WRS" and r["default"] == "0":
+            continue
+        method = f"{r['method']} {r['value']}".strip() + (" (recipe)" if r["value"] and r["default"] == "1" else "")
+        cells = (with_spread(r, name, f"{name}_standard_deviation", digits) for name, digits in figures.items())
+        lines.append([NAMES[r["network"]], r["optimizer"], method, r["seeds"], *cells])
+    header = ["in the first epoch", "after the first division", "growth", "correlation with the epoch"]
+    return markdown(["network", "optimizer", "method", "seeds", *header], lines)
 
 
 def fig2b(folder: Path) -> str:
     """The sweeps, and their ranges."""
     rows, lines = read(folder, "fig2b.csv"), []
-    for short in read(folder, "fig2_summary.csv"):
+    for short in read(folder, "fig2b_summary.csv"):
         mine = [r for r in rows if (r["network"], r["optimizer"]) == (short["network"], short["optimizer"])]
         for method, key in (("WD", "wd"), ("WRS", "wrs")):
             some = [r for r in mine if r["method"] == method]
             points = ", ".join(f"{r['value']}: {accuracy(r)}" for r in some)
             cells = [NAMES[short["network"]], short["optimizer"], method, points, number(short[f"range_{key}"])]
-            lines.append([*cells, number(short["best_off"]) if key == "wd" else ""])
-    return markdown(["network", "optimizer", "method", "lambda or tau: accuracy", "range", "no decay"], lines)
+            others = ("range_wd_without_greatest", "best_off") if key == "wd" else ()
+            lines.append([*cells, *([number(short[name]) for name in others] or ["", ""])])
+    header = ["lambda or tau: accuracy", "range", "without the greatest lambda", "no decay"]
+    return markdown(["network", "optimizer", "method", *header], lines)
 
 
 def fig3(folder: Path) -> str:
