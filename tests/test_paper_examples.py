@@ -401,6 +401,25 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path):
             run.train()
 
 
+def test_a_damaged_result_is_named_before_another_run_is_trained(tmp_path: Path):
+    runs, (settings, other, *_) = module("common.runs"), variants()
+    file = tmp_path / "runs" / settings.name / "result.json"
+    file.parent.mkdir(parents=True)
+    for content in (b"", b'{"settings": {', b"\xff\xfe", b"[]", b'{"epochs": []}'):
+        file.write_bytes(content)
+        found = runs.Runs(tmp_path, None, 1)
+        images = runs.data_of(settings, None)
+        for read in (
+            lambda found=found: found[settings],
+            lambda found=found: found.train([other, settings], ""),
+            lambda images=images: module("common.train").Run(settings, images, tmp_path / "runs").train(),
+        ):
+            with pytest.raises(ValueError, match=r"result\.json is damaged: remove .* and start again") as error:
+                read()
+            assert str(file) in str(error.value)
+        assert not (tmp_path / "runs" / other.name).exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -418,6 +437,22 @@ def test_bad_arguments_are_refused(arguments: list[str], message: str, tmp_path:
         module("common.setup").parse("", [*arguments, "--out", str(tmp_path / "out")])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_too_few_images_are_refused_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Those of --tiny, and those that are left when the classes are halved, too."""
+    make_cifar(tmp_path, fine=True)
+    module("common.data").load.cache_clear()
+    few = re.escape("--train-images 70 (the recipe's): CIFAR-100 has 15, without those for validation")
+    half = r"--train-images 40: \d+ are of the classes (0 to 4|5 to 9), which have a run of their own; a batch has 25"
+    for name, arguments, message in (
+        ("table2", ["--data", "cifar100", "--root", str(tmp_path), "--tiny"], few),
+        ("finetune", ["--train-images", "40"], half),
+    ):
+        with pytest.raises(SystemExit):
+            module(name).main([*arguments, "--out", str(tmp_path / "out")])
+        assert re.search(message, capsys.readouterr().err)
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_script_that_was_killed_writes_the_same_csv(tmp_path: Path):
@@ -442,6 +477,48 @@ def test_a_script_that_was_killed_writes_the_same_csv(tmp_path: Path):
         one, other = ((tmp_path / part / "digits-tiny-epochs-4" / name).read_bytes() for part in ("killed", "whole"))
         assert one == other and one.count(b"\n") > 4
     assert (tmp_path / "killed" / "digits-tiny-epochs-4" / "finetune.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_ends_before_the_learning_rate_is_divided(tmp_path: Path):
+    """What is not defined then is an empty cell."""
+    for name in ("fig1_fig6", "fig2"):
+        module(name).main(["--tiny", "--epochs", "1", "--jobs", "1", "--out", str(tmp_path)])
+    for name, empty in (("fig1_fig6", ("best_minus_final",)), ("fig2a", ("level", "growth", "trend"))):
+        found = rows(tmp_path / "digits-tiny-epochs-1" / f"{name}_summary.csv")
+        assert len(found) == {"fig1_fig6": 16, "fig2a": 12}[name]
+        assert {row[key] for row in found for key in empty} == {""}
+        assert not any("nan" in row.values() for row in found)
+
+
+def test_what_fig2_makes_of_the_steps_that_were_measured(tmp_path: Path):
+    """Means and spreads over seeds of values that are not smoothed, and nothing where gradients have vanished."""
+    fig2 = module("fig2")
+    setup = module("common.setup").parse("", ["--out", str(tmp_path)])
+    for panel in fig2.PANELS:
+        for method, changes in fig2.points(setup, panel[1]):
+            for settings in fig2.runs_of(setup, *panel, method, changes):
+                # 20 steps in an epoch; divided after the epochs 5, 10 and 13
+                norms = [7.0] * 100 + [1.0] * 34 + [2.0 + settings.seed] * 66 + [4.0] * 120
+                measured = [
+                    {"step": k + 1, "norm_before": 2.0, "grad_norm": 2 * norm, "update_norm": 0.0 if k else 6.0}
+                    for k, norm in enumerate(norms)
+                ]
+                setup.runs._found[settings] = {"steps": 320, "epochs": [], "measured": measured}
+    steps = [row for row in fig2.gradients(setup) if row["network"] == "resnet18"]
+    assert {row["seed"] for row in steps} == {0, 1, 2} and len(steps) == 2 * 9 * 3 * 320
+    assert {row["effective_gradient_norm"] for row in steps} == {0.0, 3.0, 1.0, 2.0, 4.0, 7.0}
+    for row in fig2.gradient_summary(setup):
+        if row["optimizer"] == "AdamW":
+            assert row["growth"] is row["trend"] is None
+            assert row["level"] == 0 and row["first_epoch"] == pytest.approx(3 / 20)
+        elif row["network"] == "resnet18":
+            assert (row["seeds"], row["first_epoch"], row["first_epoch_standard_deviation"]) == (3, 7, 0)
+            assert row["growth"] == pytest.approx(3) and row["growth_standard_deviation"] == pytest.approx(1)
+            assert row["level"] == pytest.approx((34 + 66 * 3 + 120 * 4) / 220)
+            later = [[1.0] * 34 + [2.0 + seed] * 66 + [4.0] * 120 for seed in range(3)]
+            assert row["trend"] == pytest.approx(np.mean([np.corrcoef(range(220), one)[0, 1] for one in later]))
+        else:
+            assert (row["seeds"], row["growth"], row["growth_standard_deviation"]) == (1, 2, None)
 
 
 def test_all_scripts_and_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -496,14 +573,14 @@ def test_a_photograph_data_set_from_end_to_end(tmp_path: Path):
     """CIFAR-10's form with random images: bytes, colours, the paper's grids cut down to one point."""
     make_cifar(tmp_path, fine=False)
     module("common.data").load.cache_clear()
-    arguments = ["--data", "cifar10", "--root", str(tmp_path), "--tiny", "--train-images", "80", "--epochs", "1"]
-    changes = "-tiny-epochs-1-train-images-80"
+    arguments = ["--data", "cifar10", "--root", str(tmp_path), "--tiny", "--epochs", "1"]
+    changes = "-tiny-epochs-1"
     for other in (f"digits{changes}", "cifar100"):  # no photographs, and another recipe: not taken in
         (tmp_path / "out" / other).mkdir(parents=True)
         (tmp_path / "out" / other / "table1.csv").write_text("nothing\n", encoding="utf-8")
     recipes, out = module("common.recipes"), tmp_path / "out" / f"cifar10{changes}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes, "PAPER", replace(recipes.PAPER, batch=40, tau_search=(10,)))
+        patch.setattr(recipes, "PAPER", replace(recipes.PAPER, tau_search=(10,)))
         for again in (False, True):
             module("table1").main([*arguments, "--jobs", "1", "--out", str(tmp_path / "out")])
             found, tests = rows(out / "table1.csv"), rows(out / "table1_tests.csv")
@@ -514,3 +591,5 @@ def test_a_photograph_data_set_from_end_to_end(tmp_path: Path):
             shutil.copy(out / "table1.csv", out.parent / f"cifar100{changes}")
     ours, theirs = ([float(r["test_accuracy"]) for r in found if r["method"] == m] for m in ("WRS", "WD"))
     assert float(tests[0]["difference"]) == pytest.approx(np.mean(ours) - np.mean(theirs), abs=1e-3)
+    module("finetune").main([*arguments, "--jobs", "1", "--out", str(tmp_path / "out")])  # on half of the classes each
+    assert len(rows(out / "finetune_summary.csv")) == 4
