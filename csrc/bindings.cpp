@@ -74,12 +74,79 @@ struct StepArgs {
         dry_run(to<bool>(stack[14])) {}
 };
 
+struct ProjectArgs {
+  std::vector<Handle> tensors;
+  std::vector<int64_t> axes;
+
+  explicit ProjectArgs(StableIValue* stack)
+      : tensors(take_tensors(stack[0])), axes(to<std::vector<int64_t>>(stack[1])) {}
+};
+struct RescaleArgs : ProjectArgs {
+  double target;
+
+  explicit RescaleArgs(StableIValue* stack) : ProjectArgs(stack), target(to<double>(stack[2])) {}
+};
+struct NormsArgs : ProjectArgs {
+  Handle out;
+
+  explicit NormsArgs(StableIValue* stack) : ProjectArgs(stack), out(to<AtenTensorHandle>(stack[2])) {}
+};
+struct ReduceArgs {
+  Handle measured;
+  std::vector<int64_t> counts;
+  Handle out;
+
+  explicit ReduceArgs(StableIValue* stack)
+      : measured(to<AtenTensorHandle>(stack[0])),
+        counts(to<std::vector<int64_t>>(stack[1])),
+        out(to<AtenTensorHandle>(stack[2])) {}
+};
+struct TableArgs : StepArgs {
+  std::vector<double> constants;
+  std::vector<int64_t> sizes;
+  bool walk;
+  Handle table;
+
+  explicit TableArgs(StableIValue* stack)
+      : StepArgs(stack),
+        constants(to<std::vector<double>>(stack[15])),
+        sizes(to<std::vector<int64_t>>(stack[16])),
+        walk(to<bool>(stack[17])),
+        table(to<AtenTensorHandle>(stack[18])) {}
+};
+
+// For arguments that stand for a result that is nowhere yet. Torch would hand over a copy: what is written there is
+// lost (torch fails to copy it back, after the step), and an address in a table is soon that of something else.
+template <class Args>
+void refuse_without_memory(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
+  const Args taken(stack);
+  fail(
+      "a tensor among the arguments is a view with the negative bit set, or zeros without memory: resolve_neg() or "
+      "clone() gives it memory of its own");
+}
+
 // Where the numbers are that a step reads, and which kernels it runs.
 enum class Kernels { kCpu, kDevice };
 
+// The numbers of the records, whether they are used or not.
+void check_records(const StepArgs& a, int rule, int64_t record) {
+  for (int64_t k = 0; k < int64_t(a.hyper.size()); ++k) {
+    const double value = a.hyper[k];
+    const int64_t number = k % record;
+    if (is_finite(value) || (number == kStop && value > 0)) continue;  // an infinite stop: the window never closes
+    const char* name = number < kCommon ? kCommonNames[number] : cpu::rule_hyper(rule, number - kCommon);
+    fail("hyper[", k, "] (", name, " of record ", k / record, ") is ", value);
+  }
+  for (int64_t k = kLrTensor; k < int64_t(a.hyper.size()); k += record) {
+    const double index = a.hyper[k];
+    if (index != whole(index)) fail("hyper[", k, "] (lr_tensor of record ", k / record, ") is ", index);
+    if (!(index < double(a.lrs.size()))) fail("lr_tensor ", index, " but there are ", a.lrs.size(), " lrs");
+  }
+}
+
 // Fills what the job does to tensor i, apart from the tensor itself.
 TensorStep tensor_step(const StepArgs& a, int64_t i, int64_t record, const std::vector<Number>& lrs, const Place& place,
-                       Kernels kernels) {
+                       Kernels kernels, Memory& memory) {
   const int64_t rows = int64_t(a.hyper.size()) / record, row = a.groups[i];
   if (row < 0 || row >= rows) fail("groups[", i, "] = ", row, " but there are ", rows, " records");
   const double* h = a.hyper.data() + row * record;
@@ -89,7 +156,7 @@ TensorStep tensor_step(const StepArgs& a, int64_t i, int64_t record, const std::
     const float finished = *static_cast<const float*>(step.data);
     if (!(finished >= 0) || !is_finite(finished)) fail("steps[", i, "] is ", finished, ", not a count");
   }
-  if (!(h[kLrTensor] < double(lrs.size()))) fail("lr_tensor ", h[kLrTensor], " but there are ", lrs.size(), " lrs");
+  memory.writes(step, "steps", i);
   return {static_cast<float*>(step.data),
           row,
           h + kCommon,
@@ -104,16 +171,20 @@ TensorStep tensor_step(const StepArgs& a, int64_t i, int64_t record, const std::
           h[kPower]};
 }
 
-// Checks all that was given, and fills the job with it. False if there is nothing to do.
-bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& job) {
+// Checks all that was given, and fills the job with it. False if there is nothing to do. `table`: what else is written.
+bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& job, const Facts* table = nullptr) {
   const int64_t n = int64_t(a.params.size());
   job.clear();
-  job.rule = cpu::rule_index(a.rule.c_str());
+  job.rule = cpu::rule_index(a.rule);
   if (job.rule < 0) fail("unknown rule \"", a.rule, "\"");
   if (int64_t(a.grads.size()) != n || int64_t(a.steps.size()) != n || int64_t(a.groups.size()) != n ||
       int64_t(a.axes.size()) != n) {
     fail("grads, steps, groups and axes must have one entry for each of the ", n, " params");
   }
+  for (const int64_t i : a.fresh) {
+    if (i < 0 || i >= n) fail("fresh names params[", i, "] but there are ", n);
+  }
+  if (n == 0 && !a.states.empty()) fail("there are ", a.states.size(), " states for no params");
   if (n == 0) return false;
   const int64_t slots = int64_t(a.states.size()) / n, record = kCommon + cpu::rule_hypers(job.rule);
   if (int64_t(a.states.size()) != slots * n || !cpu::rule_takes_slots(job.rule, slots)) {
@@ -123,23 +194,27 @@ bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& j
     fail("hyper must hold records of ", record, " numbers, it holds ", a.hyper.size());
   }
   if (a.grad_scale.get() && !updates(job.rule)) fail("rule \"", a.rule, "\" has no gradient to unscale by grad_scale");
+  check_records(a, job.rule, record);
   job.slots = int(slots);
   job.look = look_facts(look_of(job.rule));
 
+  Memory memory(size_t(n * (slots + 3)) + a.lrs.size() + 5);
+  const auto number = [&](const Handle& tensor, const char* what, bool may_be_double, int64_t i) {
+    const Facts f = describe(tensor, what, i, place);
+    memory.reads(f, what, i);
+    return kernels == Kernels::kDevice ? number_of(f, what, may_be_double, i) : Number{number_in(f, what, i)};
+  };
   std::vector<Number> lrs;
   for (size_t i = 0; i < a.lrs.size(); ++i) {
-    lrs.push_back(kernels == Kernels::kDevice ? number_of(a.lrs[i], "lrs", place, true, int64_t(i))
-                                              : Number{number_in(a.lrs[i], "lrs", int64_t(i))});
+    lrs.push_back(number(a.lrs[i], "lrs", true, int64_t(i)));
+    if (!is_finite(lrs[i].value)) fail("lrs[", i, "] is ", lrs[i].value);
   }
-  if (a.grad_scale.get() && kernels == Kernels::kDevice) job.grad_scale = number_of(a.grad_scale, "grad_scale", place);
-  if (a.grad_scale.get() && kernels == Kernels::kCpu) {
-    job.grad_scale.value = number_in(a.grad_scale, "grad_scale");
-    if (!(job.grad_scale.value > 0)) fail("grad_scale must be > 0, got ", job.grad_scale.value);
+  if (a.grad_scale.get()) {
+    job.grad_scale = number(a.grad_scale, "grad_scale", false, 0);
+    const double scale = job.grad_scale.value;
+    if (kernels == Kernels::kCpu && !(scale > 0 && is_finite(scale))) fail("grad_scale must be > 0, got ", scale);
   }
-  if (a.found_inf.get()) {
-    job.found_inf = kernels == Kernels::kDevice ? number_of(a.found_inf, "found_inf", place)
-                                                : Number{number_in(a.found_inf, "found_inf")};
-  }
+  if (a.found_inf.get()) job.found_inf = number(a.found_inf, "found_inf", false, 0);
 
   job.tensors.assign(n, TensorView());
   job.steps.reserve(n);
@@ -147,6 +222,8 @@ bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& j
   for (int64_t i = 0; i < n; ++i) {
     const Facts param = describe(a.params[i], "params", i, place), grad = describe(a.grads[i], "grads", i, place);
     check_same_shape(grad, param, "grads", i);
+    memory.writes(param, "params", i);
+    if (a.grad_scale.get()) memory.writes(grad, "grads", i);
     if (overlaps(param)) fail("params[", i, "] overlaps itself in memory");
     if (a.grad_scale.get() && overlaps(grad)) fail("grads[", i, "] overlaps itself in memory and is to be unscaled");
     TensorView& view = job.tensors[i];
@@ -163,6 +240,7 @@ bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& j
       if (overlaps(state)) fail("states[", s * n + i, "] overlaps itself in memory");
       if (s > 0 && state.dtype != dtypes.state) fail("states of params[", i, "] have different dtypes");
       dtypes.state = state.dtype;
+      memory.writes(state, "states", s * n + i);
       add_array(view, state);
     }
     if (i == 0) job.dtypes = dtypes;
@@ -171,20 +249,25 @@ bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& j
       fail("params[", i, "] and params[0] have different dtypes; one call takes one dtype triple");
     }
     rows += set_groups(view, a.axes[i], rows, i);
-    job.steps.push_back(tensor_step(a, i, record, lrs, place, kernels));
+    job.steps.push_back(tensor_step(a, i, record, lrs, place, kernels, memory));
     job.steps[i].looks = looks(job.rule, job.steps[i].rule_record);
   }
-  for (const int64_t i : a.fresh) {
-    if (i < 0 || i >= n) fail("fresh names params[", i, "] but there are ", n);
-    job.steps[i].fresh = true;
-  }
+  for (const int64_t i : a.fresh) job.steps[i].fresh = true;
   if (a.measured.get()) {
-    job.measured = static_cast<float*>(buffer(a.measured, "measured", Dtype::kFloat32, rows * kMeasured, place));
+    const Facts f = buffer(a.measured, "measured", Dtype::kFloat32, rows * kMeasured, place);
+    memory.writes(f, "measured", 0);
+    job.measured = static_cast<float*>(f.data);
   }
   if (a.workspace.get()) {
-    job.workspace = buffer(a.workspace, "workspace", Dtype::kFloat32, 0, place);
-    job.workspace_bytes = 4 * describe(a.workspace, "workspace", 0, place).numel;
+    const Facts f = buffer(a.workspace, "workspace", Dtype::kFloat32, 0, place);
+    const int64_t element = job.dtypes.param == Dtype::kFloat64 ? sizeof(double) : sizeof(float);
+    if (kernels == Kernels::kDevice && f.begin() % element != 0) fail("workspace is not aligned to the sums in it");
+    memory.writes(f, "workspace", 0);
+    job.workspace = f.data;
+    job.workspace_bytes = f.bytes;
   }
+  if (table) memory.writes(*table, "table", 0);
+  memory.check();
   return true;
 }
 
@@ -251,30 +334,29 @@ void triton_table(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
   if (inputs != 19) fail("fastwrs::triton_table takes 19 arguments, got ", inputs);
   triton::Needs needs;
   {
-    const StepArgs a(stack);
-    const auto constants = to<std::vector<double>>(stack[15]);
-    const auto given = to<std::vector<int64_t>>(stack[16]);
-    const bool walk = to<bool>(stack[17]);
-    const Handle table(to<AtenTensorHandle>(stack[18]));
+    const TableArgs a(stack);
     const Place place = a.params.empty() ? Place::cpu() : Place::of(a.params[0]);
+    const Facts table = words_in(a.table, "table");
     StepJob& job = job_to_fill();
-    if (fill_job(a, place, Kernels::kDevice, job)) {
-      if (int64_t(given.size()) != triton::kSizes || *std::min_element(given.begin(), given.end()) < 1) {
-        fail("sizes must be ", triton::kSizes, " numbers above 0");
+    if (fill_job(a, place, Kernels::kDevice, job, &table)) {
+      const auto fits = [](int64_t size) { return 0 < size && size <= triton::kLargestSize; };
+      if (int64_t(a.sizes.size()) != triton::kSizes || !std::all_of(a.sizes.begin(), a.sizes.end(), fits)) {
+        fail("sizes must be ", triton::kSizes, " numbers from 1 to ", triton::kLargestSize);
       }
       const int64_t record = kCommon + cpu::rule_hypers(job.rule), rows = int64_t(a.hyper.size()) / record;
-      const int64_t own = int64_t(constants.size()) / rows;
-      if (own * rows != int64_t(constants.size())) fail("constants must be as many for each of the ", rows, " records");
+      const int64_t own = int64_t(a.constants.size()) / rows;
+      if (own * rows != int64_t(a.constants.size()))
+        fail("constants must be as many for each of the ", rows, " records");
       std::vector<double> records;
       for (int64_t row = 0; row < rows; ++row) {
         const double* h = a.hyper.data() + row * record;
         records.insert(records.end(), {h[kLr], h[kMaximize]});
         records.insert(records.end(), h + kEvery, h + kCommon);
-        records.insert(records.end(), constants.begin() + row * own, constants.begin() + (row + 1) * own);
+        records.insert(records.end(), a.constants.begin() + row * own, a.constants.begin() + (row + 1) * own);
       }
-      const triton::Sizes sizes{given[0], given[1], given[2], given[3]};
-      const Words words = words_in(table, "table");
-      needs = triton::fill_table(job, records, kCommon - 1 + own, sizes, walk, words.data, words.count);
+      const triton::Sizes sizes{a.sizes[0], a.sizes[1], a.sizes[2], a.sizes[3]};
+      int64_t* words = static_cast<int64_t*>(table.data);
+      needs = triton::fill_table(job, records, kCommon - 1 + own, sizes, a.walk, words, table.numel);
     }
   }
   stack[0] = from(needs.words);
@@ -306,8 +388,8 @@ void cuda_why_not(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 // The views of a list of tensors of one dtype with norm groups.
-std::vector<TensorView> group_views(const std::vector<Handle>& tensors, const std::vector<int64_t>& axes, bool written,
-                                    Dtype& dtype, int64_t& rows) {
+std::vector<TensorView> group_views(const ProjectArgs& a, bool written, Memory& memory, Dtype& dtype, int64_t& rows) {
+  const auto& [tensors, axes] = a;
   if (axes.size() != tensors.size()) fail("axes must have one entry for each of the ", tensors.size(), " tensors");
   std::vector<TensorView> views(tensors.size());
   rows = 0;
@@ -316,6 +398,7 @@ std::vector<TensorView> group_views(const std::vector<Handle>& tensors, const st
     if (i == 0) dtype = f.dtype;
     if (f.dtype != dtype) fail("tensors[", i, "] and tensors[0] have different dtypes; one call takes one dtype");
     if (written && overlaps(f)) fail("tensors[", i, "] overlaps itself in memory");
+    written ? memory.writes(f, "tensors", int64_t(i)) : memory.reads(f, "tensors", int64_t(i));
     if (axes[i] == 0) fail("axes[", i, "] = 0: a norm group must span at least one dimension");
     views[i].dims = int(f.dims);
     views[i].sizes = f.sizes;
@@ -327,44 +410,49 @@ std::vector<TensorView> group_views(const std::vector<Handle>& tensors, const st
 
 void rescale(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
   if (inputs != 3) fail("fastwrs::rescale_ takes 3 arguments, got ", inputs);
-  const std::vector<Handle> tensors = take_tensors(stack[0]);
-  const auto axes = to<std::vector<int64_t>>(stack[1]);
-  const double target = to<double>(stack[2]);
+  const RescaleArgs a(stack);
   Dtype dtype = Dtype::kFloat32;
   int64_t rows = 0;
-  const auto views = group_views(tensors, axes, true, dtype, rows);
-  if (!(target > 0) || !is_finite(target)) fail("target must be finite and > 0, got ", target);
-  if (!views.empty()) cpu::rescale(views, dtype, target, torch_threads());
+  Memory memory(a.tensors.size());
+  const auto views = group_views(a, true, memory, dtype, rows);
+  if (!(a.target > 0) || !is_finite(a.target)) fail("target must be finite and > 0, got ", a.target);
+  memory.check();
+  if (!views.empty()) cpu::rescale(views, dtype, a.target, torch_threads());
 }
 
 void channel_norms(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
   if (inputs != 3) fail("fastwrs::channel_norms takes 3 arguments, got ", inputs);
-  const std::vector<Handle> tensors = take_tensors(stack[0]);
-  const auto axes = to<std::vector<int64_t>>(stack[1]);
-  const Handle out(to<AtenTensorHandle>(stack[2]));
+  const NormsArgs a(stack);
   Dtype dtype = Dtype::kFloat32;
   int64_t rows = 0;
-  const auto views = group_views(tensors, axes, false, dtype, rows);
-  if (views.empty()) return;
-  void* to_write = buffer(out, "out", dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32, rows);
-  cpu::norms(views, dtype, to_write, torch_threads());
+  Memory memory(a.tensors.size() + 1);
+  const auto views = group_views(a, false, memory, dtype, rows);
+  const Facts out = buffer(a.out, "out", dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32, rows);
+  memory.writes(out, "out", 0);
+  memory.check();
+  if (!views.empty()) cpu::norms(views, dtype, out.data, torch_threads());
 }
 
 // Of every tensor's rows in a buffer of what was measured, and every figure: minimum, mean, maximum and the root of the
 // sum of squares.
 void reduce_measured(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
   if (inputs != 3) fail("fastwrs::reduce_measured takes 3 arguments, got ", inputs);
-  const Handle measured(to<AtenTensorHandle>(stack[0]));
-  const auto counts = to<std::vector<int64_t>>(stack[1]);
-  const Handle out(to<AtenTensorHandle>(stack[2]));
+  const ReduceArgs a(stack);
+  const auto& counts = a.counts;
   int64_t rows = 0;
   for (size_t i = 0; i < counts.size(); ++i) {
-    if (counts[i] < 1) fail("counts[", i, "] must be > 0, got ", counts[i]);
+    if (counts[i] < 1 || counts[i] > kMaxGroups - rows) fail("counts[", i, "] = ", counts[i], " is no number of rows");
     rows += counts[i];
   }
-  const auto* row = static_cast<const float*>(buffer(measured, "measured", Dtype::kFloat32, rows * kMeasured));
   const int64_t tensors = int64_t(counts.size());
-  auto* found = static_cast<float*>(buffer(out, "out", Dtype::kFloat32, tensors * cpu::kStatistics * kMeasured));
+  const Facts measured = buffer(a.measured, "measured", Dtype::kFloat32, rows * kMeasured);
+  const Facts out = buffer(a.out, "out", Dtype::kFloat32, tensors * cpu::kStatistics * kMeasured);
+  Memory memory(2);
+  memory.reads(measured, "measured", 0);
+  memory.writes(out, "out", 0);
+  memory.check();
+  const auto* row = static_cast<const float*>(measured.data);
+  auto* found = static_cast<float*>(out.data);
   for (int64_t i = 0; i < tensors; ++i) {
     cpu::leaves().reduce_measured(row, counts[i], found + i * cpu::kStatistics * kMeasured);
     row += counts[i] * kMeasured;
@@ -439,6 +527,17 @@ STABLE_TORCH_LIBRARY_IMPL(fastwrs, CUDA, m) {
   m.impl("step_plan", &fastwrs::step_plan);
 }
 #endif
+
+#define FASTWRS_REFUSE(m)                                                       \
+  m.impl("step", &fastwrs::refuse_without_memory<fastwrs::StepArgs>);           \
+  m.impl("step_plan", &fastwrs::refuse_without_memory<fastwrs::StepArgs>);      \
+  m.impl("triton_table", &fastwrs::refuse_without_memory<fastwrs::TableArgs>);  \
+  m.impl("rescale_", &fastwrs::refuse_without_memory<fastwrs::RescaleArgs>);    \
+  m.impl("channel_norms", &fastwrs::refuse_without_memory<fastwrs::NormsArgs>); \
+  m.impl("reduce_measured", &fastwrs::refuse_without_memory<fastwrs::ReduceArgs>);
+STABLE_TORCH_LIBRARY_IMPL(fastwrs, Negative, m){FASTWRS_REFUSE(m)} STABLE_TORCH_LIBRARY_IMPL(fastwrs, ZeroTensor,
+                                                                                             m){FASTWRS_REFUSE(m)}
+#undef FASTWRS_REFUSE
 
 STABLE_TORCH_LIBRARY_IMPL(fastwrs, CompositeExplicitAutograd, m) {
   m.impl("cuda_why_not", &fastwrs::cuda_why_not);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/job.h"
+#include "core/memory.h"
 
 namespace fastwrs {
 namespace {
@@ -29,6 +30,9 @@ template <class... Parts>
 
 void call(AOTITorchError error) {
   if (error != AOTI_TORCH_SUCCESS) fail("torch refused to describe a tensor");
+}
+void call(AOTITorchError error, const char* what, int64_t index) {
+  if (error != AOTI_TORCH_SUCCESS) fail(what, "[", index, "]: torch refused to describe it");
 }
 
 // A tensor that is owned here; cheaper than torch::stable::Tensor, which allocates a second time.
@@ -83,15 +87,6 @@ std::string take_string(StableIValue value) {
   return text;
 }
 
-// What a tensor is, as the backend sees it.
-struct Facts {
-  void* data = nullptr;
-  int64_t numel = 0, dims = 0;
-  const int64_t* sizes = nullptr;
-  const int64_t* strides = nullptr;
-  Dtype dtype = Dtype::kFloat32;
-};
-
 bool dtype_of(int32_t code, Dtype& dtype) {
   if (code == aoti_torch_dtype_float32()) return dtype = Dtype::kFloat32, true;
   if (code == aoti_torch_dtype_float64()) return dtype = Dtype::kFloat64, true;
@@ -113,9 +108,36 @@ struct Place {
   }
 };
 
-// `what` and `index` name the tensor in errors.
-Facts describe(const Handle& tensor, const char* what, int64_t index, const Place& place = Place::cpu()) {
+// More elements than an address space has bytes. Only a tensor that repeats itself has as many.
+constexpr int64_t kMostElements = int64_t(1) << 48;
+
+// Sizes, strides and memory of a tensor whose elements are `size` bytes long; `what` and `index` name it in errors.
+void describe_memory(const Handle& tensor, const char* what, int64_t index, int64_t size, Facts& f) {
   AtenTensorHandle handle = tensor.get();
+  int64_t *sizes = nullptr, *strides = nullptr;
+  call(aoti_torch_get_dim(handle, &f.dims), what, index);
+  call(aoti_torch_get_sizes(handle, &sizes), what, index);
+  call(aoti_torch_get_strides(handle, &strides), what, index);
+  f.sizes = sizes;
+  f.strides = strides;
+  f.element = size;
+  f.numel = 1;
+  for (int64_t d = 0; d < f.dims; ++d) f.numel *= sizes[d];
+  if (f.dims > 63) fail(what, "[", index, "] has ", f.dims, " dimensions; at most 63 are supported");
+  if (f.numel == 0) return;
+  if (f.numel > kMostElements) fail(what, "[", index, "] repeats itself: no memory holds ", f.numel, " elements");
+  call(aoti_torch_get_data_ptr(handle, &f.data), what, index);
+  if (reinterpret_cast<uintptr_t>(f.data) % size != 0) fail(what, "[", index, "] is not aligned to its elements");
+  int64_t last = 0, offset = 0, storage = 0;
+  for (int64_t d = 0; d < f.dims; ++d) last += (f.sizes[d] - 1) * f.strides[d];
+  call(aoti_torch_get_storage_offset(handle, &offset), what, index);
+  call(aoti_torch_get_storage_size(handle, &storage), what, index);
+  if ((offset + last + 1) * size > storage) fail(what, "[", index, "] reaches beyond its storage");
+  if (!f.data) fail(what, "[", index, "] has no memory");
+  f.bytes = (last + 1) * size;
+}
+
+Facts describe(const Handle& tensor, const char* what, int64_t index, const Place& place = Place::cpu()) {
   Facts f;
   int32_t layout = 0, dtype = 0;
   const Place found = Place::of(tensor);
@@ -126,59 +148,12 @@ Facts describe(const Handle& tensor, const char* what, int64_t index, const Plac
   if (place.type != Place::cpu().type && found.index != place.index) {
     fail(what, "[", index, "] must be on device ", place.index, ", it is on ", found.index);
   }
-  call(aoti_torch_get_layout(handle, &layout));
+  call(aoti_torch_get_layout(tensor.get(), &layout), what, index);
   if (layout != aoti_torch_layout_strided()) fail(what, "[", index, "] must be dense (strided), not sparse");
-  call(aoti_torch_get_dtype(handle, &dtype));
+  call(aoti_torch_get_dtype(tensor.get(), &dtype), what, index);
   if (!dtype_of(dtype, f.dtype)) fail(what, "[", index, "] must be float32, float64, bfloat16 or float16");
-  int64_t *sizes = nullptr, *strides = nullptr;
-  call(aoti_torch_get_dim(handle, &f.dims));
-  call(aoti_torch_get_sizes(handle, &sizes));
-  call(aoti_torch_get_strides(handle, &strides));
-  f.sizes = sizes;
-  f.strides = strides;
-  f.numel = 1;
-  for (int64_t d = 0; d < f.dims; ++d) f.numel *= sizes[d];
-  if (f.dims > 63) fail(what, "[", index, "] has ", f.dims, " dimensions; at most 63 are supported");
-  if (f.numel == 0) return f;
-  call(aoti_torch_get_data_ptr(handle, &f.data));
-  if (reinterpret_cast<uintptr_t>(f.data) % size_of(f.dtype) != 0)
-    fail(what, "[", index, "] is not aligned to its elements");
-  int64_t last = 0, offset = 0, storage = 0;
-  for (int64_t d = 0; d < f.dims; ++d) last += (f.sizes[d] - 1) * f.strides[d];
-  call(aoti_torch_get_storage_offset(handle, &offset));
-  call(aoti_torch_get_storage_size(handle, &storage));
-  if ((offset + last + 1) * size_of(f.dtype) > storage) fail(what, "[", index, "] reaches beyond its storage");
+  describe_memory(tensor, what, index, size_of(f.dtype), f);
   return f;
-}
-
-// Whether two indices name one element.
-bool overlaps(const Facts& f) {
-  if (f.numel <= 1) return false;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int64_t d = f.dims - 1; d >= 0; --d) {
-    if (f.sizes[d] == 1) continue;
-    if (f.strides[d] == 0) return true;
-    dims.emplace_back(f.strides[d], f.sizes[d]);
-  }
-  if (!std::is_sorted(dims.begin(), dims.end())) std::sort(dims.begin(), dims.end());
-  int64_t reach = 1;
-  bool nested = true;  // each dimension steps over all that the smaller strides reach: no overlap
-  for (const auto& [stride, size] : dims) {
-    nested = nested && stride >= reach;
-    reach += (size - 1) * stride;
-  }
-  if (nested) return false;
-  // Interleaved strides are rare: look at every element.
-  std::vector<int64_t> places{0};
-  places.reserve(f.numel);
-  for (const auto& [stride, size] : dims) {
-    const size_t inner = places.size();
-    for (int64_t i = 1; i < size; ++i) {
-      for (size_t k = 0; k < inner; ++k) places.push_back(places[k] + i * stride);
-    }
-  }
-  std::sort(places.begin(), places.end());
-  return std::adjacent_find(places.begin(), places.end()) != places.end();
 }
 
 void check_same_shape(const Facts& tensor, const Facts& param, const char* what, int64_t index) {
@@ -187,9 +162,66 @@ void check_same_shape(const Facts& tensor, const Facts& param, const char* what,
   }
 }
 
+// The memory that a call writes, and what else it reads there: nothing that is written may be anything else as well.
+class Memory {
+ public:
+  explicit Memory(size_t most) {
+    items_.reserve(most);
+    key_.reserve(2 * most);
+  }
+
+  void reads(const Facts& f, const char* what, int64_t index) { add(f, what, index, false); }
+  void writes(const Facts& f, const char* what, int64_t index) { add(f, what, index, true); }
+
+  // Fails where two share memory and one of them is written.
+  void check() {
+    // What the last call on this thread found to be apart need not be looked at again.
+    static thread_local std::vector<uint64_t> apart;
+    if (apart == key_) return;
+    std::vector<const Item*> order;
+    order.reserve(items_.size());
+    for (const Item& item : items_) order.push_back(&item);
+    std::sort(order.begin(), order.end(), [](const Item* a, const Item* b) {
+      return a->facts.begin() != b->facts.begin() ? a->facts.begin() < b->facts.begin() : a < b;
+    });
+    std::vector<const Item*> open;  // those that the next one may share memory with
+    uintptr_t end = 0;
+    for (const Item* item : order) {
+      if (item->facts.begin() >= end) open.clear();
+      for (const Item* other : open) {
+        if ((item->written || other->written) && share_memory(other->facts, item->facts)) {
+          fail(other->what, "[", other->index, "] and ", item->what, "[", item->index, "] share memory");
+        }
+      }
+      open.push_back(item);
+      end = std::max(end, item->facts.begin() + item->facts.bytes);
+    }
+    apart = key_;
+  }
+
+ private:
+  struct Item {
+    Facts facts;
+    const char* what;
+    int64_t index;
+    bool written;
+  };
+  void add(const Facts& f, const char* what, int64_t index, bool written) {
+    if (f.numel == 0) return;
+    items_.push_back({f, what, index, written});
+    key_.push_back(f.begin());
+    key_.push_back(uint64_t(f.bytes) << 1 | uint64_t(written));
+    if (f.numel * f.element == f.bytes) return;
+    key_.insert(key_.end(), f.sizes, f.sizes + f.dims);  // which places there are between its ends
+    key_.insert(key_.end(), f.strides, f.strides + f.dims);
+  }
+
+  std::vector<Item> items_;
+  std::vector<uint64_t> key_;
+};
+
 // The single number in a tensor.
-double number_in(const Handle& tensor, const char* what, int64_t index = 0) {
-  const Facts f = describe(tensor, what, index);
+double number_in(const Facts& f, const char* what, int64_t index) {
   if (f.numel != 1) fail(what, "[", index, "] must hold one number, it holds ", f.numel);
   if (f.dtype == Dtype::kFloat32) return *static_cast<const float*>(f.data);
   if (f.dtype == Dtype::kFloat64) return *static_cast<const double*>(f.data);
@@ -197,9 +229,7 @@ double number_in(const Handle& tensor, const char* what, int64_t index = 0) {
 }
 
 // The same for a tensor that kernels will read, wherever it is.
-Number number_of(const Handle& tensor, const char* what, const Place& place, bool may_be_double = false,
-                 int64_t index = 0) {
-  const Facts f = describe(tensor, what, index, place);
+Number number_of(const Facts& f, const char* what, bool may_be_double, int64_t index) {
   if (f.numel != 1) fail(what, "[", index, "] must hold one number, it holds ", f.numel);
   if (f.dtype != Dtype::kFloat32 && !(may_be_double && f.dtype == Dtype::kFloat64)) {
     fail(what, "[", index, "] must be float32", may_be_double ? " or float64" : "");
@@ -226,34 +256,28 @@ void add_array(TensorView& view, const Facts& f) {
 }
 
 // A contiguous buffer of `dtype` with at least the given number of elements.
-void* buffer(const Handle& tensor, const char* what, Dtype dtype, int64_t elements, const Place& place = Place::cpu()) {
+Facts buffer(const Handle& tensor, const char* what, Dtype dtype, int64_t elements, const Place& place = Place::cpu()) {
   const Facts f = describe(tensor, what, 0, place);
   bool contiguous = false;
-  call(aoti_torch_is_contiguous(tensor.get(), &contiguous));
+  call(aoti_torch_is_contiguous(tensor.get(), &contiguous), what, 0);
   if (f.dtype != dtype || !contiguous) fail(what, " must be contiguous, of the type that norms are computed in");
   if (f.numel < elements) fail(what, " must have at least ", elements, " elements, it has ", f.numel);
-  return f.data;
+  return f;
 }
 
 // A contiguous list of int64 in the CPU's memory.
-struct Words {
-  int64_t* data;
-  int64_t count;
-};
-Words words_in(const Handle& tensor, const char* what) {
-  int32_t dtype = 0;
+Facts words_in(const Handle& tensor, const char* what) {
+  int32_t dtype = 0, layout = 0;
   bool contiguous = false;
-  void* data = nullptr;
-  Words words{nullptr, 0};
-  call(aoti_torch_get_dtype(tensor.get(), &dtype));
-  call(aoti_torch_is_contiguous(tensor.get(), &contiguous));
-  if (Place::of(tensor).type != Place::cpu().type || dtype != aoti_torch_dtype_int64() || !contiguous) {
-    fail(what, " must be int64, contiguous and on the CPU");
-  }
-  call(aoti_torch_get_data_ptr(tensor.get(), &data));
-  call(aoti_torch_get_numel(tensor.get(), &words.count));
-  words.data = static_cast<int64_t*>(data);
-  return words;
+  Facts f;
+  call(aoti_torch_get_dtype(tensor.get(), &dtype), what, 0);
+  call(aoti_torch_get_layout(tensor.get(), &layout), what, 0);
+  const bool fits = Place::of(tensor).type == Place::cpu().type && dtype == aoti_torch_dtype_int64() &&
+                    layout == aoti_torch_layout_strided();
+  if (fits) call(aoti_torch_is_contiguous(tensor.get(), &contiguous), what, 0);
+  if (!contiguous) fail(what, " must be int64, contiguous and on the CPU");
+  describe_memory(tensor, what, 0, sizeof(int64_t), f);
+  return f;
 }
 
 }  // namespace

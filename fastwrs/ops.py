@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def _check_devices(*args: object) -> None:
+def check_devices(*args: object) -> None:
     """One meta tensor among real ones sends a whole call to the fakes: nothing would happen, and nobody would know."""
     listed = (item for arg in args for item in (arg if isinstance(arg, (list, tuple)) else (arg,)))
     devices = {item.device for item in listed if isinstance(item, Tensor)}
@@ -20,19 +20,19 @@ def _check_devices(*args: object) -> None:
 
 @torch.library.register_fake("fastwrs::step")
 def _step(*args: object, **_kwargs: object) -> None:
-    _check_devices(*args)
+    check_devices(*args)
 
 
 @torch.library.register_fake("fastwrs::reduce_measured")
 def _reduce_measured(*args: object) -> None:
-    _check_devices(*args)
+    check_devices(*args)
 
 
 @torch.library.register_fake("fastwrs::rescale_")
 def _rescale(*args: object) -> None:
-    _check_devices(*args)
+    check_devices(*args)
 
 
 @torch.library.register_fake("fastwrs::channel_norms")
 def _channel_norms(*args: object) -> None:
-    _check_devices(*args)
+    check_devices(*args)

@@ -2,8 +2,9 @@
 
     python tests/run_lanes.py [LANE ...]        without arguments: all of them
 
-Every test is in exactly one lane, by its markers; the sanitizer lane runs those of test_cpu.py a second time, against
-kernels built with AddressSanitizer and UndefinedBehaviorSanitizer. A lane over its budget fails.
+Every test is in exactly one lane, by its markers; the sanitizer lane runs those of test_cpu.py and test_entry.py a
+second time, against kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, and the emulated lane those of
+test_entry.py once more. A lane over its budget fails.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ def sanitizers() -> int:
     if b"__asan_report" not in (SANITIZED / "lib" / "fastwrs" / "_C.abi3.so").read_bytes():
         print("the extension was built without AddressSanitizer", file=sys.stderr)
         return 1
-    return pytest_on_two_cores("cpu", "tests/test_cpu.py", PYTHONPATH=str(SANITIZED / "lib"), **sanitizer_environment())
+    environment = {"PYTHONPATH": str(SANITIZED / "lib"), **sanitizer_environment()}
+    return pytest_on_two_cores("cpu", "tests/test_cpu.py", "tests/test_entry.py", ENTRY_CALLS="10000", **environment)
 
 
 def build_emulated(sanitizer: str) -> Path:
@@ -162,7 +164,9 @@ def emulated() -> int:
 
     if failed := side_by_side(partial(ready, "address"), partial(ready, "thread")):
         return failed
-    cases = pytest_on_two_cores("emulated", **emulated_environment(EMULATED / "address", "address"))
+    checked = emulated_environment(EMULATED / "address", "address")
+    cases = pytest_on_two_cores("emulated", **checked)
+    cases = pytest_on_two_cores("cpu", "tests/test_entry.py", ENTRY_CALLS="4000", **checked) or cases
     environment = emulated_environment(EMULATED / "thread", "thread")
     sizes = ("64", "256")  # threads of a block
     return side_by_side(*(partial(call, sys.executable, "tests/emulated.py", n, **environment) for n in sizes)) or cases

@@ -371,17 +371,19 @@ void with_type(Dtype dtype, const Body& body) {
 struct RuleFacts {
   const char* name;
   int min_slots, max_slots, hypers;
+  const char* const* hyper;
 };
-#define FASTWRS_RULE(Rule) {Rule::kName, Rule::kMinSlots, Rule::kMaxSlots, int(std::size(Rule::kHypers))},
+#define FASTWRS_RULE(Rule) \
+  {Rule::kName, Rule::kMinSlots, Rule::kMaxSlots, int(std::size(Rule::kHypers)), std::data(Rule::kHypers)},
 constexpr RuleFacts kRules[] = {FASTWRS_RULES(FASTWRS_RULE)};
 #undef FASTWRS_RULE
 
 }  // namespace
 
-int rule_index(const char* name) {
+int rule_index(const std::string& name) {
   int index = 0;
   for (const RuleFacts& rule : kRules) {
-    if (std::strcmp(rule.name, name) == 0) return index;
+    if (name == rule.name) return index;
     ++index;
   }
   return -1;
@@ -392,6 +394,8 @@ bool rule_takes_slots(int rule, int64_t slots) {
 }
 
 int64_t rule_hypers(int rule) { return kRules[rule].hypers; }
+
+const char* rule_hyper(int rule, int64_t number) { return kRules[rule].hyper[number]; }
 
 void step(const StepJob& job, const Threads& threads) {
   with_type(job.dtypes.param, [&](auto type) { step_typed<decltype(type)>(job, threads); });

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "../core/job.h"
@@ -15,11 +16,12 @@ struct Threads {
 };
 
 // The rule called `name`, or -1.
-int rule_index(const char* name);
+int rule_index(const std::string& name);
 // Whether the rule can have so many states.
 bool rule_takes_slots(int rule, int64_t slots);
-// Number of the rule's own hyperparameters.
+// How many hyperparameters the rule has of its own, and what they are called.
 int64_t rule_hypers(int rule);
+const char* rule_hyper(int rule, int64_t number);
 
 void step(const StepJob& job, const Threads& threads);
 // Scales every norm group of every tensor to `target`.

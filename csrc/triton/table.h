@@ -16,6 +16,7 @@ struct Sizes {
   int64_t tile, held, height, width;
 };
 constexpr int kSizes = 4;
+constexpr int64_t kLargestSize = int64_t(1) << 20;
 
 // What one table needs beyond itself. A launch has one program per tile.
 struct Needs {

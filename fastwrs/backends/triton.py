@@ -304,9 +304,19 @@ _workspaces: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Of traced steps, by the first step count: a workspace that an op makes cannot be handed back to the optimizer."""
 
 
+# For views with the negative bit and zeros without memory torch would hand over copies: here they are refused.
+@torch.library.impl(_library, "triton_step", "Negative")
+@torch.library.impl(_library, "triton_step", "ZeroTensor")
+def _check_arguments(*arguments: Any) -> None:
+    """What the other op checks before it fills a table; one without room is not written."""
+    no_room = torch.empty(0, dtype=torch.int64, device="cpu")
+    torch.ops.fastwrs.triton_table(*arguments[:14], True, [], [1, 1, 1, 1], False, no_room)
+
+
 @torch.library.impl(_library, "triton_step", "CompositeExplicitAutograd")
 def _step_op(*arguments: Any) -> None:
     """The step as an op, for tracing alone: dispatching it costs more than all else that happens on the host."""
+    _check_arguments(*arguments)
     call = StepCall(*arguments[:14])
     if call.params and call.workspace is None:
         call.workspace = _workspaces.get(call.steps[0])
@@ -316,5 +326,8 @@ def _step_op(*arguments: Any) -> None:
 
 
 @torch.library.register_fake("fastwrs::triton_step")
-def _step_fake(*_arguments: Any) -> None:
+def _step_fake(*arguments: Any) -> None:
     """It writes in place and returns nothing."""
+    from fastwrs.ops import check_devices
+
+    check_devices(*arguments)
