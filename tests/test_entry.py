@@ -261,6 +261,26 @@ def test_numbers_that_only_the_cpu_reads() -> None:
                 entry.make()
 
 
+def test_a_workspace_for_sums_in_fp64_is_aligned_to_them() -> None:
+    case = Case("entry", "adamw", (TensorCase((3, 4)),), DTYPES[1])
+    for place in range(4):
+        entry = entries.valid("triton_table", random.Random(0), case)
+        entry.args["workspace"] = torch.zeros(20_000)[place:]
+        if place % 2:
+            with pytest.raises(RuntimeError, match="workspace is not aligned"):
+                entry.make()
+        else:
+            entry.make()
+            assert entry.args["table"].any()
+
+
+def test_numbers_without_constants() -> None:
+    entry = entries.valid("triton_step", random.Random(0), Case("entry", "sgdp", (TensorCase((3, 4)),), DTYPES[0]))
+    entry.args["hyper"][9] = 1.0  # momentum
+    with pytest.raises(RuntimeError, match="hyper has a record that 'sgdp' has no constants for"):
+        entry.make()
+
+
 def test_neighbours_in_memory_are_no_fault() -> None:
     """Columns of one matrix in turns, and parts of one buffer that touch: what is written is written once."""
     matrix, buffer = torch.rand(3, 16), torch.rand(24)

@@ -195,7 +195,10 @@ def _constants(call: StepCall) -> list[float]:
     names = [hyper.name for hyper in RULES[call.rule].record]
     rows = range(0, len(call.hyper), len(names))
     records = (dict(zip(names, call.hyper[row : row + len(names)], strict=True)) for row in rows)
-    return [number for record in records for number in launch.constants_of(call.rule, record)]
+    try:
+        return [number for record in records for number in launch.constants_of(call.rule, record)]
+    except (ArithmeticError, ValueError) as error:  # of a call past the bounds of the options
+        raise RuntimeError(f"fastwrs: hyper has a record that {call.rule!r} has no constants for: {error}") from error
 
 
 # ---- memory: the table on the host and on the device, the workspace -------------------------------------------------
