@@ -441,7 +441,8 @@ void reduce_measured(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/)
   const auto& counts = a.counts;
   int64_t rows = 0;
   for (size_t i = 0; i < counts.size(); ++i) {
-    if (counts[i] < 1 || counts[i] > kMaxGroups - rows) fail("counts[", i, "] = ", counts[i], " is no number of rows");
+    if (counts[i] < 1) fail("counts[", i, "] must be > 0, got ", counts[i]);
+    if (counts[i] > kMaxGroups - rows) fail("counts[", i, "] = ", counts[i], " is more rows than there can be");
     rows += counts[i];
   }
   const int64_t tensors = int64_t(counts.size());
