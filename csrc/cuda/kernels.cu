@@ -47,9 +47,10 @@ struct Triple {
   }
   template <class Rule, bool kWalk, int kSlots>
   static void of_slots(const KernelKey& key, Kernel& found) {
-    if constexpr (kSlots >= Rule::kMinSlots) {
+    // without an update there is no gradient, and no state, to have another type
+    constexpr bool there = kUpdates<Rule> || (std::is_same_v<P, G> && std::is_same_v<S, compute_t<P>>);
+    if constexpr (there && kSlots >= Rule::kMinSlots) {
       if (key.slots != kSlots) return;
-      if constexpr (!kUpdates<Rule> && !(std::is_same_v<P, G> && std::is_same_v<S, compute_t<P>>)) return;
       if constexpr (Rule::kLook == Look::kGate) {
         const std::string name = std::string("gate_kernel<") + Rule::kName + ">";
         found = FASTWRS_KERNEL_OF(Params<2 + kSlots>, name, gate_kernel<Rule, P, G, S, kWalk>);
