@@ -235,7 +235,12 @@ def test_the_table_in_the_docs_is_up_to_date(builds: Builds) -> None:
         found = _columns(triton_code.table([row for target in TARGETS for row in builds.rows(target)]))
         compiled = {line: {name: cells[name] for name in TARGETS if cells[name]} for line, cells in found.items()}
         assert all("sm_90" in cells for cells in compiled.values())
-        assert compiled == {line: {name: written[line][name] for name in cells} for line, cells in compiled.items()}
+        for (
+            line,
+            cells,
+        ) in compiled.items():  # of some types the last number, what is measured of strided tensors, is not
+            for name, numbers in cells.items():
+                assert f"{written[line][name]} ".startswith(f"{numbers} "), (line, name)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,8 @@ def every_kernel() -> list[Kernel]:
     """All that a step can launch. `project` depends on some of a variant's properties alone."""
     kernels: dict[tuple[object, ...], Kernel] = {}
     for rule, dtypes, (measure, walk) in product(RULES.values(), DTYPE_TRIPLES, FLAGS):
+        if not rule.updates and (dtypes[0] != dtypes[1] or dtypes[2] == "bfloat16"):
+            continue  # there is no gradient, and no state, to have another type
         for slots in range(sum(slot.when is None for slot in rule.slots), len(rule.slots) + 1):
             variant = (rule.name, slots, dtypes, measure, walk)
             if rule.gated and not measure:
