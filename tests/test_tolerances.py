@@ -27,7 +27,7 @@ from cases import (
     TensorCase,
     select,
 )
-from tolerances import Inputs, check, snapshot, ulp
+from tolerances import Inputs, check, check_soon, snapshot, ulp
 from torch import Tensor
 
 pytestmark = pytest.mark.oracle
@@ -53,14 +53,29 @@ def one(option: str, dtypes: tuple[str, str, str] = DTYPES[0], project: str = "n
 
 
 def rejects(inputs: Inputs, got: Outputs, what: str) -> None:
-    with pytest.raises(AssertionError, match=what):
-        check(inputs, got)
+    for either in (check, check_soon):
+        with pytest.raises(AssertionError, match=what):
+            either(inputs, got)
 
 
 @pytest.mark.parametrize("case", select(every=5), ids=lambda case: case.id)
 def test_takes_the_formula(case: Case) -> None:
     for inputs in snapshot(case.build()):
         assert check(inputs, formula(inputs)) <= 1
+        check_soon(inputs, formula(inputs))
+
+
+@pytest.mark.parametrize("option", ["adamp", "sgdp"])
+def test_takes_the_step_of_states_in_bf16_as_they_are_stored(option: str) -> None:
+    """And knows by how much it differs from that of states in fp32, where steps are large and rows are enlarged."""
+    inputs = one(option, DTYPES[3], "rescale2.5", t=1)
+    inputs = replace(inputs, lr=50 * inputs.lr)
+    result = inputs.run(torch.float32, stored=torch.bfloat16)
+    got = {"param": result.param, **result.states}
+    got = {name: tensor.bfloat16() for name, tensor in got.items()} | {"grad": inputs.grad}
+    assert not torch.equal(got["param"], inputs.run(torch.float32).param.bfloat16())
+    assert check(inputs, got) <= 1
+    check_soon(inputs, got)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -2,10 +2,10 @@
 
 All of them have the same shape. ``w`` and ``g`` are the weights before the step and the gradient (unscaled, negated
 if maximizing), ``states`` the moments by name and ``h`` the hyperparameters by name. ``t`` (the step, from 1),
-``first`` (there is no momentum yet) and ``lr`` are given to all; a rule takes those that it needs. They return
-``Update(u, decay, states)``, which the step applies as ``w * decay - lr * u``. Without weight decay the weights are not
-looked at, so that a NaN in them stays out of the moments (as in torch). The rules with a gate look at whole tensors,
-that with a shifted L2 term at whole channels.
+``first`` (there is no momentum yet), ``lr`` and ``stored`` (rounds a state, see ``step``) are given to all; a rule
+takes those that it needs. They return ``Update(u, decay, states)``, which the step applies as ``w * decay - lr * u``.
+Without weight decay the weights are not looked at, so that a NaN in them stays out of the moments (as in torch). The
+rules with a gate look at whole tensors, that with a shifted L2 term at whole channels.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 States = dict[str, Tensor]
 Hypers = Mapping[str, float]
+Stored = Callable[[Tensor], Tensor]
 
 
 class Update(NamedTuple):
@@ -153,7 +154,7 @@ def gate(w: Tensor, g: Tensor, step: Tensor, h: Hypers) -> tuple[Tensor | None, 
     return None, 1.0
 
 
-def adamp(w: Tensor, g: Tensor, states: States, h: Hypers, *, t: int, lr: float, **_: bool) -> Update:
+def adamp(w: Tensor, g: Tensor, states: States, h: Hypers, *, t: int, lr: float, stored: Stored, **_: bool) -> Update:
     """AdamP: Adam whose step loses its part along the weights where the gate opens.
 
     ::
@@ -165,8 +166,8 @@ def adamp(w: Tensor, g: Tensor, states: States, h: Hypers, *, t: int, lr: float,
 
     Source: Heo et al., AdamP, ICLR 2021, Algorithm 2, in the form of the authors' package ``adamp`` 0.3.0.
     """
-    m = h["beta1"] * states["exp_avg"] + (1 - h["beta1"]) * g
-    v = h["beta2"] * states["exp_avg_sq"] + (1 - h["beta2"]) * g * g
+    m = stored(h["beta1"] * states["exp_avg"] + (1 - h["beta1"]) * g)
+    v = stored(h["beta2"] * states["exp_avg_sq"] + (1 - h["beta2"]) * g * g)
     ahead = h["beta1"] * m + (1 - h["beta1"]) * g if h["nesterov"] else m
     step = ahead / (v.sqrt() / math.sqrt(1 - h["beta2"] ** t) + h["eps"])
     removed, ratio = gate(w, g, step, h)
@@ -178,7 +179,7 @@ def adamp(w: Tensor, g: Tensor, states: States, h: Hypers, *, t: int, lr: float,
     return Update((step - removed) / correction, decay, new, removed / correction)
 
 
-def sgdp(w: Tensor, g: Tensor, states: States, h: Hypers, *, lr: float, **_: float) -> Update:
+def sgdp(w: Tensor, g: Tensor, states: States, h: Hypers, *, lr: float, stored: Stored, **_: float) -> Update:
     """SGDP: SGD with momentum whose step loses its part along the weights where the gate opens.
 
     ::
@@ -193,7 +194,7 @@ def sgdp(w: Tensor, g: Tensor, states: States, h: Hypers, *, lr: float, **_: flo
 
     Source: Heo et al., AdamP, ICLR 2021, Algorithm 1, in the form of the authors' package ``adamp`` 0.3.0.
     """
-    buf = h["momentum"] * states["momentum_buffer"] + (1 - h["dampening"]) * g
+    buf = stored(h["momentum"] * states["momentum_buffer"] + (1 - h["dampening"]) * g)
     u = g + h["momentum"] * buf if h["nesterov"] else buf
     removed, ratio = gate(w, g, u, h)
     decay = 1 - lr * h["weight_decay"] * ratio / (1 - h["momentum"])

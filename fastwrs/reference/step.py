@@ -51,6 +51,7 @@ def step(
     lr: float | None = None,
     grad_scale: float | None = None,
     dtype: torch.dtype | None = None,
+    stored: torch.dtype | None = None,
 ) -> Result:
     """Step number ``t`` (from 1) of ``rule`` on one tensor, out of place.
 
@@ -69,6 +70,8 @@ def step(
         lr: the learning rate, where it is not ``hyper["lr"]``.
         grad_scale: the gradient is divided by it.
         dtype: computes in this type (default: the compute type of the parameter).
+        stored: rounds states to this type before a rule with a gate makes its step of them, as kernels do that keep
+            them in it (default: it does not, which is what the step would be).
     """
     dtype = compute_dtype(param.dtype) if dtype is None else dtype
     lr = hyper["lr"] if lr is None else lr
@@ -83,6 +86,7 @@ def step(
         t=t,
         first=t == 1 if first is None else first,
         lr=lr,
+        stored=lambda state: state if stored is None else state.to(stored).to(dtype),
     )
     updated = w * decay - lr * u
     if dims is None:
