@@ -126,6 +126,8 @@ class Plan:
     bundles: list[Bundle]
     created: list[tuple[Tensor, str, Tensor]]
     """The states that the parameters lacked: (parameter, key, tensor). Nobody sees them before they are installed."""
+    unused: list[tuple[State, str, Tensor]] = field(default_factory=list)
+    """What skipped first steps have left of slots that are switched off now; later nobody may take it for a state."""
     owners: list[Tensor] = field(default_factory=list)
     owned: list[State] = field(default_factory=list)
 
@@ -148,6 +150,8 @@ class Plan:
         """Makes the created states visible, and remembers whose state dicts are whose."""
         for param, key, tensor in self.created:
             state[param][key] = tensor
+        for mine, key, _ in self.unused:
+            del mine[key]
         self.owners, self.owned = list(state), list(state.values())
         for bundle in self.bundles:
             bundle.states = [state[param] for param in bundle.params]
@@ -158,6 +162,8 @@ class Plan:
             del state[param][key]
             if not state[param]:
                 del state[param]
+        for mine, key, tensor in self.unused:
+            mine[key] = tensor
 
     def signature(self) -> list[Any]:
         """What two plans have in common that would launch the same."""
@@ -215,6 +221,7 @@ def build(
             bundle = bundles[key]
             if slots and STEP in mine and mine.get(slots[0]) is None and bool(mine[STEP] > 0):
                 bundle.fresh.append(len(bundle.params))  # momentum was switched on after the first step
+            plan.unused += _unused(rule, mine, slots)
             bundle.params.append(param)
             bundle.groups.append(g)
             bundle.axes.append(mask)
@@ -344,6 +351,16 @@ def why_not(rule: Rule, param: Tensor, grad: Tensor, mine: State, slots: tuple[s
         if mine.get(name) is not None and (why := _why_not_state(param, mine[name])):
             return f"its state {name!r} {why}"
     return None if mine.get(STEP) is None else _why_not_step(param, mine[STEP])
+
+
+def _unused(rule: Rule, mine: State, slots: tuple[str, ...]) -> list[tuple[State, str, Tensor]]:
+    """The states of slots that are switched off, of a parameter that has not taken a step."""
+    names = [
+        slot.name for slot in rule.slots if slot.when and slot.name not in slots and mine.get(slot.name) is not None
+    ]
+    if not names or STEP not in mine or bool(mine[STEP] > 0):
+        return []
+    return [(mine, name, mine[name]) for name in names]
 
 
 def incomplete(rule: Rule, mine: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import subprocess
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tolerances import NORM_BOUND, norm_deviation
 from torch import Tensor, nn
 
 import fastwrs
+from fastwrs import dispatch
 from fastwrs.spec import RULES
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("backend")]
@@ -39,6 +41,29 @@ def test_f1_a_skipped_first_step_leaves_nothing_that_a_later_step_reads() -> Non
             state["momentum_buffer"].fill_(float("nan"))  # whatever is there: the first step that counts is a first one
     run(optimizer, params, range(1, 4), late=0)
     run(fastwrs.SGD(expected, **options), expected, range(1, 4), late=0)
+    assert all(map(torch.equal, params, expected))
+
+
+def test_f1_a_skipped_first_step_is_no_beginning_of_momentum_switched_on_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a step is refused in between, which has to put back what it took away."""
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.4}
+    params, expected = parameters(), parameters()
+    optimizer, twin = (fastwrs.SGD(each, **options) for each in (params, expected))
+    optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
+    run(optimizer, params, range(1), late=0)
+    del optimizer.found_inf  # type: ignore[attr-defined]
+    for each in (optimizer, twin):
+        each.param_groups[0]["momentum"] = 0.0
+    left = [dict(state) for state in optimizer.state.values()]
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "launch", Mock(side_effect=OSError("refused")))
+        with pytest.raises(OSError, match="refused"):
+            run(optimizer, params, range(1), late=0)
+    assert [dict(state) for state in optimizer.state.values()] == left
+    for steps, momentum in ((range(1, 3), 0.0), (range(3, 6), 0.9)):
+        for each, weights in ((optimizer, params), (twin, expected)):
+            each.param_groups[0]["momentum"] = momentum
+            run(each, weights, steps, late=0)
     assert all(map(torch.equal, params, expected))
 
 
