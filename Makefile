@@ -1,4 +1,4 @@
-# make demo | figures | test | bench | sass | triton-full | gpu | lint | format | clean        PYTHON=python3.12 make ... picks another Python (3.10 or newer)
+# make demo | figures | test | fuzz | bench | sass | triton-full | gpu | lint | format | clean        PYTHON=python3.12 make ... picks another Python (3.10 or newer)
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
@@ -14,7 +14,7 @@ BUILT := $(VENV)/.built$(if $(COMPILER),,-without-compiler)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 unexport PYTHONPATH
 
-.PHONY: demo figures test bench sass triton-full gpu lint format clean help
+.PHONY: demo figures test fuzz bench sass triton-full gpu lint format clean help
 help:
 	@sed -n 1p Makefile
 
@@ -28,6 +28,12 @@ figures: $(BUILT)
 
 test: $(BUILT) $(VENV)/.tools
 	$(VENV)/bin/python tests/run_lanes.py
+
+# make fuzz N=20000 [SEED=...]: as many lives of optimizers, from another seed each time unless it is given.
+N := 2000
+SEED := $(shell od -An -N3 -tu4 /dev/urandom)
+fuzz: $(BUILT) $(VENV)/.tools
+	FUZZ_CASES=$(N) FUZZ_SEED=$(strip $(SEED)) $(VENV)/bin/pytest -q -n 2 -m fuzz -k lives tests/test_fuzz.py
 
 bench: $(BUILT) $(VENV)/.tools
 	$(VENV)/bin/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname $(BENCH)

@@ -179,8 +179,8 @@ def interpreted() -> int:
 
 
 OTHERS = (
-    "oracle or cpu or negative_control or emulated or emulated_control or compiled or interpreted or triton_compiled"
-    " or gpu or frameworks"
+    "oracle or cpu or fuzz or negative_control or emulated or emulated_control or compiled or interpreted"
+    " or triton_compiled or gpu or frameworks"
 )
 LANES = (
     Lane("lint", 60, lint),
@@ -189,6 +189,7 @@ LANES = (
     Lane("house", 150, lambda: pytest_on_two_cores(f"not ({OTHERS})")),
     # As on a machine that may not ask the hub of Hugging Face.
     Lane("frameworks", 180, lambda: pytest_on_two_cores("frameworks", HF_HUB_OFFLINE="1")),
+    Lane("fuzz", 180, lambda: pytest_on_two_cores("fuzz")),
     Lane("sanitizers", 300, sanitizers),
     Lane("negative control", 420, lambda: pytest_("negative_control")),
     Lane("emulated", 540, emulated),

@@ -1,0 +1,175 @@
+"""Lane `fuzz`: lives of an optimizer against the oracle, as many as FUZZ_CASES says, from the seed FUZZ_SEED on.
+
+What fails is shrunk and printed as ``live(life=Life(...))``. That is a test once its names are imported, from ``fuzz``,
+``life``, ``fastwrs`` and ``math``. To run the part again that said "seed 9":
+``FUZZ_SEED=9 FUZZ_CASES=500 pytest -m fuzz -k lives``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import life as parts_of_lives
+import pytest
+import torch
+from fuzz import live
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from life import Life
+from lives import lives
+
+import fastwrs
+from fastwrs import dispatch, library
+from fastwrs.optim import checkpoint
+from fastwrs.optim.records import Records
+from fastwrs.plan import StepCall
+from fastwrs.spec import RULES
+
+pytestmark = pytest.mark.fuzz
+CASES, SEED = int(os.environ.get("FUZZ_CASES", "2000")), int(os.environ.get("FUZZ_SEED", "8"))
+PART = 500
+"""The cases of one seed. The parts of a run have consecutive ones."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _extension() -> None:
+    library.load()
+
+
+def hunt(cases: int, first: int, check: Callable[[Life], None] = live, shrink: bool = True) -> None:
+    """Raises what the first failing life of so many raises, of a shrunk one with a note that shows it."""
+    phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
+
+    def live(life: Life) -> None:  # the name that is printed
+        check(life)
+
+    every = settings(
+        max_examples=cases,
+        phases=phases,
+        deadline=None,
+        database=None,
+        derandomize=False,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+        report_multiple_bugs=False,
+    )
+    seed(first)(every(given(lives())(live)))()
+
+
+@pytest.mark.parametrize("part", range(math.ceil(CASES / PART)))
+def test_lives(part: int, capfd: pytest.CaptureFixture[str]) -> None:
+    first, cases = SEED + part, min(PART, CASES - part * PART)
+    lived: list[Life] = []
+
+    def check(life: Life) -> None:
+        lived.append(life)
+        live(life)
+
+    with capfd.disabled():  # the stream that a worker of pytest-xdist has from the start
+        print(f"\nfuzz: {cases} cases with seed {first}", file=sys.stderr, flush=True)
+    hunt(cases, first, check)
+    assert len(lived) >= cases
+
+
+# ---- what it can find -----------------------------------------------------------------------------------------------
+
+
+def _with_calls(patch: pytest.MonkeyPatch, change: Callable[[StepCall], Any], after: bool = False) -> None:
+    """Changes what the kernels get, or what they have left."""
+    cpu = dispatch.choose("cpu")
+    step = cpu.step
+
+    def wrong(call: StepCall, dry_run: bool = False) -> None:
+        if not after:
+            change(call)
+        step(call, dry_run)
+        if after and not dry_run and not (call.found_inf is not None and bool(call.found_inf)):
+            change(call)
+
+    patch.setattr(cpu, "step", wrong)
+
+
+def _hyper(name: str, factor: float) -> Callable[[StepCall], None]:
+    def change(call: StepCall) -> None:
+        names = [hyper.name for hyper in RULES[call.rule].record]
+        if name in names:
+            call.hyper = [
+                value * factor if names[k % len(names)] == name else value for k, value in enumerate(call.hyper)
+            ]
+
+    return change
+
+
+def _other_axes(call: StepCall) -> None:
+    """Dimensions 0 and 1 take each other's places."""
+    call.axes = [
+        mask & ~3 | (mask & 1) << 1 | (mask & 2) >> 1 if mask > 0 and param.ndim >= 2 else mask
+        for mask, param in zip(call.axes, call.params, strict=True)
+    ]
+
+
+def _one_group(call: StepCall) -> None:
+    call.groups = [0] * len(call.groups)
+
+
+def _not_skipped(call: StepCall) -> None:
+    call.found_inf = None
+
+
+def _not_counted(call: StepCall) -> None:
+    call.steps[-1].sub_(1)
+
+
+def _one_element(call: StepCall) -> None:
+    if call.params[-1].numel():
+        call.params[-1].view(-1)[-1:].mul_(1 + 4 * torch.finfo(call.params[-1].dtype).eps)
+
+
+def _halved_in_files(patch: pytest.MonkeyPatch) -> None:
+    moment = checkpoint._moment
+    patch.setattr(checkpoint, "_moment", lambda *given: moment(*given).mul_(0.5))
+
+
+def _options_read_once(patch: pytest.MonkeyPatch) -> None:
+    refresh = Records.refresh
+    patch.setattr(Records, "refresh", lambda self, groups: None if self.flat else refresh(self, groups))
+
+
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "beta2 a little off": lambda patch: _with_calls(patch, _hyper("beta2", 1 - 1e-4)),
+    "twice the decay behind a gate": lambda patch: _with_calls(patch, _hyper("wd_ratio", 2)),
+    "no weight decay": lambda patch: _with_calls(patch, _hyper("weight_decay", 0)),
+    "the record of another group": lambda patch: _with_calls(patch, _one_group),
+    "norms along another dimension": lambda patch: _with_calls(patch, _other_axes),
+    "a step that is to be skipped is taken": lambda patch: _with_calls(patch, _not_skipped),
+    "a step that is not counted": lambda patch: _with_calls(patch, _not_counted, after=True),
+    "one element 4 ulps off": lambda patch: _with_calls(patch, _one_element, after=True),
+    "options that changed are not seen": _options_read_once,
+    "states halved by a checkpoint": _halved_in_files,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_finds(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    FAULTS[fault](monkeypatch)
+    with pytest.raises(AssertionError):
+        hunt(400, 1, shrink=False)
+
+
+# ---- what is said of it ---------------------------------------------------------------------------------------------
+
+
+def test_a_life_is_printed_as_the_code_that_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_calls(monkeypatch, _not_counted, after=True)
+    with pytest.raises(AssertionError) as found:
+        hunt(50, 1)
+    (note,) = (note for note in getattr(found.value, "__notes__", ()) if "Life(" in note)
+    code = note[note.index("live(") :]
+    assert code.count("Weight(") == 1 and code.count("Grad(") <= 3, "it was not shrunk"
+    names = {"live": live, **vars(parts_of_lives), **vars(fastwrs), "nan": math.nan, "inf": math.inf}
+    with pytest.raises(AssertionError, match="steps were counted"):
+        eval(code, names)
+    monkeypatch.undo()
+    eval(code, names)
