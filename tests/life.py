@@ -215,7 +215,8 @@ def settled(values: Tensor, shifted: bool) -> Tensor:
     """Weights of which a tolerance can be derived: none is far below the others, and no channel is narrow.
 
     A weight that is all but 0 has hardly an ulp to lose, whatever its update was a sum of. A mean that is all but 0 has
-    lost its own to the weights that it is a sum of, and a weight of 0 shows it; so has the inverse of a deviation.
+    lost its own to the weights that it is a sum of, and a weight of 0 or of the mean shows it; so has the inverse of a
+    deviation that is all but 0.
     """
     if not values.numel():
         return values
@@ -226,4 +227,8 @@ def settled(values: Tensor, shifted: bool) -> Tensor:
         signs = 1 - 2 * (torch.arange(rows.shape[1]) % 2).double()
         values = torch.where((spread > 0) & (spread < largest / 4), rows * signs, rows).reshape(values.shape)
         which |= (spread > 0).expand(rows.shape).reshape(values.shape)
+        rows = lifted(values, which).reshape(rows.shape)
+        beyond = rows - rows.mean(dim=1, keepdim=True)
+        near = (beyond.abs() < spread / 16) & (spread > 0)
+        return torch.where(near, rows + (spread / 8).copysign(beyond), rows).reshape(values.shape)
     return lifted(values, which)
