@@ -42,6 +42,7 @@ from life import (
     gradient,
     laid,
     lifted,
+    scale,
     settled,
     weights,
 )
@@ -330,11 +331,12 @@ class _Living:
         """
         with torch.no_grad():
             for tracked in self.every():
-                values = tracked.param.double()
-                if not torch.equal(new := settled(values, self.rule == "sgd_shifted"), values):
+                values, state = tracked.param.double(), self.state(tracked)
+                momentum = state.get("exp_avg", state.get("momentum_buffer", torch.tensor(0.0)))
+                new = settled(values, momentum != 0, scale(tracked.weight), self.rule == "sgd_shifted")
+                if not torch.equal(new, values):
                     tracked.param.copy_(new)
                 if self.rule == "sgdp" and tracked.t and tracked.param.numel():
-                    momentum = self.optimizer.state[tracked.param]["momentum_buffer"]
                     momentum.copy_(lifted(momentum.double(), torch.tensor(True)))
 
     def gradients(self, step: Step) -> dict[_Tracked, tuple[Tensor | None, Tensor | None]]:

@@ -165,7 +165,7 @@ def _signed(shape: tuple[int, ...], low: float, high: float, generator: torch.Ge
     return sign * 2 ** (low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64))
 
 
-def _scale(weight: Weight) -> float:
+def scale(weight: Weight) -> float:
     """That of rows with norms near 1."""
     rows = weight.shape[0] if len(weight.shape) > 1 else 1
     return weight.size / math.sqrt(max(1, math.prod(weight.shape) // max(1, rows)))
@@ -181,7 +181,7 @@ def weights(weight: Weight, seed: int) -> Tensor:
         values = torch.where(torch.rand(weight.shape, generator=generator) < 0.33, 0.0, values)
     elif weight.data == "zero_row" and values.ndim:
         values[:1] = 0
-    return values * _scale(weight)
+    return values * scale(weight)
 
 
 def gradient(weight: Weight, grad: Grad, seed: int) -> Tensor:
@@ -190,7 +190,7 @@ def gradient(weight: Weight, grad: Grad, seed: int) -> Tensor:
     extreme = grad.data in ("tiny", "huge")
     fits = not extreme or (weight.size == 1 and weight.dtype != "float16")
     size = SIZES.get(grad.data, 1.0) if fits else 1.0
-    values = _signed(weight.shape, -2, 1, generator) * 0.5 * _scale(weight) * size
+    values = _signed(weight.shape, -2, 1, generator) * 0.5 * scale(weight) * size
     if grad.data == "zero":
         values = torch.zeros_like(values)
     elif grad.data == "sparse":
@@ -211,15 +211,16 @@ def lifted(values: Tensor, which: Tensor) -> Tensor:
     return torch.where(which & (values.abs() < least), least.copysign(values), values)
 
 
-def settled(values: Tensor, shifted: bool) -> Tensor:
+def settled(values: Tensor, moving: Tensor, size: float, shifted: bool) -> Tensor:
     """Weights of which a tolerance can be derived: none is far below the others, and no channel is narrow.
 
     A weight that is all but 0 has hardly an ulp to lose, whatever its update was a sum of. A mean that is all but 0 has
     lost its own to the weights that it is a sum of, and a weight of 0 or of the mean shows it; so has the inverse of a
-    deviation that is all but 0.
+    deviation that is all but 0. A weight that is 0 and has momentum, ``moving``, becomes as large as ``size`` says.
     """
     if not values.numel():
         return values
+    values = torch.where((values == 0) & moving, size, values)
     which = values != 0
     if shifted and values.ndim >= 2:
         rows = values.reshape(len(values), -1)

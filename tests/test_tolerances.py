@@ -318,6 +318,13 @@ def test_no_budget_is_large() -> None:
                 assert 1 <= budget <= 20, f"{case.id}: {name} may lose {budget} ulps"
 
 
+def test_copies_of_a_number_have_norms_of_their_own() -> None:
+    inputs = one("sgd", project="rescale2.5", shape=(), axis="tensor")
+    (crowd,) = tolerances._crowds(inputs)
+    assert len(crowd.param) == tolerances.MOST_COPIES
+    assert crowd.run(torch.float64).param.abs() == pytest.approx(2.5, rel=1e-14)
+
+
 def test_ulp() -> None:
     values = torch.tensor([1.0, 1.999, 2.0, 0.75, 0.0, 1e-45, 3e38])
 

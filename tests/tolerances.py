@@ -319,6 +319,9 @@ def _crowds(inputs: Inputs) -> Iterator[Inputs]:
 
     A look at the whole tensor is one at its dimension 0 too: its copies stay apart.
     """
+    if inputs.dims == ():  # torch takes no dimensions for all: the copies would share a norm
+        one = {name: state.reshape(1) for name, state in inputs.states.items()}
+        inputs = replace(inputs, param=inputs.param.reshape(1), grad=inputs.grad.reshape(1), states=one, dims=(0,))
     copies = min(MOST_COPIES, math.ceil(CROWD / max(1, inputs.param.numel())))
     apart = RULES[inputs.rule].look is not None
     copies = min(copies, MOST_COPIES_APART) if apart else copies
