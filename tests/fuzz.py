@@ -344,6 +344,8 @@ class _Living:
         found: dict[_Tracked, tuple[Tensor | None, Tensor | None]] = {}
         for k, tracked in enumerate(self.every()):
             grad = step.grads[k % len(step.grads)]
+            if step.grad_scale and tracked.weight.dtype == "float16" and grad.data in ("kept", "small"):
+                grad = replace(grad, data="plain")  # unscaled, they would be below the normal range
             if grad.data == "missing":
                 found[tracked] = None, None
             if grad.data in ("missing", "kept"):
@@ -362,7 +364,7 @@ class _Living:
         return found
 
     def is_a_toss_up(self, tracked: _Tracked, grad: Tensor | None, step: Step) -> bool:
-        """Whether a rounding may decide if a gate is open."""
+        """Whether a rounding may decide if a gate is open, or is all that is left of a step behind one."""
         if grad is None or not RULES[self.rule].gated:
             return False
         (options,) = (known for known, group in zip(self.known, self.tracked, strict=True) if tracked in group)
@@ -373,7 +375,7 @@ class _Living:
         ]
         if seen[0] is None or seen[1] is None:
             return seen[0] is not seen[1]
-        return not torch.equal(seen[0], seen[1])
+        return not torch.equal(seen[0], seen[1]) or tracked.param[0].numel() == 1
 
     def inputs(self, grad_scale: float | None, measuring: bool) -> dict[_Tracked, Inputs]:
         """What the oracle takes, for each parameter that will move."""

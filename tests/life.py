@@ -14,7 +14,7 @@ from calls import place
 from torch import Tensor
 
 Options = dict[str, Any]
-LEAST = 1 / 16
+LEAST = 1 / 4
 """The share of a tensor's root mean square that each of its weights has at least, unless it is 0."""
 
 
