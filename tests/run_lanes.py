@@ -184,7 +184,7 @@ OTHERS = (
 )
 LANES = (
     Lane("lint", 60, lint),
-    Lane("oracle", 60, lambda: pytest_("oracle")),
+    Lane("oracle", 60, lambda: pytest_on_two_cores("oracle")),
     Lane("cpu", 180, lambda: pytest_on_two_cores("cpu and not negative_control")),
     Lane("house", 150, lambda: pytest_on_two_cores(f"not ({OTHERS})")),
     # As on a machine that may not ask the hub of Hugging Face.
