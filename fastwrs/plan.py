@@ -32,7 +32,7 @@ MAX_DIMS = 63
 """The dimensions that an axis can name: a bitmask of them is a signed 64-bit integer."""
 _USUAL = (Tensor, torch.nn.Parameter)
 _PLAIN_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
-_FLAT = (
+FLAT = (
     "a flat parameter of FSDP1, weights one behind the other without channels; use_orig_params=True keeps their shapes "
     "where nothing is sharded (ShardingStrategy.NO_SHARD)"
 )
@@ -105,6 +105,9 @@ class Bundle:
             states = [state for slot in self.slots for state in map(itemgetter(slot), self.states)]
             steps = list(map(itemgetter(STEP), self.states))
             if self.complex:
+                if unscaling and any(grad.is_conj() for grad in grads):
+                    return None
+                grads = [grad.resolve_conj() for grad in grads]  # autograd leaves such views
                 params, grads, states = (list(map(_as_real, tensors)) for tensors in (self.params, grads, states))
                 return params, grads, states, steps
         except (KeyError, RuntimeError):  # a new plan finds the words
@@ -167,7 +170,10 @@ class Plan:
 
     def signature(self) -> list[Any]:
         """What two plans have in common that would launch the same."""
-        return [(b.backend, b.slots, b.device, [*map(id, b.params)], b.groups, b.axes, b.fresh) for b in self.bundles]
+        return [
+            (b.backend, b.slots, b.device, b.complex, [*map(id, b.params)], b.groups, b.axes, b.fresh)
+            for b in self.bundles
+        ]
 
 
 def shape_of(rule: Rule, group: Group) -> tuple[Any, ...]:
@@ -205,6 +211,11 @@ def build(
             mine, grad = state.get(param, {}), param.grad if rule.updates else param
             if why := why_not(rule, param, grad, mine, slots):
                 raise RuntimeError(f"{label(group, g, i)}: {why}")
+            if unscaling and grad.is_conj():
+                raise RuntimeError(
+                    f"{label(group, g, i)}: its gradient is to be unscaled, and is a view with the conjugate bit set; "
+                    "resolve_conj() makes it a plain tensor"
+                )
             if unscaling and overlaps_itself(grad):
                 raise RuntimeError(
                     f"{label(group, g, i)}: its gradient is to be unscaled, and overlaps itself in memory"
@@ -251,7 +262,7 @@ def checked_mask(group: Group, g: int, i: int, axis: Axis | None) -> int:
     if axis is None or torch.nn.parameter.is_lazy(param):
         return 0
     if is_flat(param):
-        raise ValueError(f"{label(group, g, i)}: it is {_FLAT}")
+        raise ValueError(f"{label(group, g, i)}: it is {FLAT}")
     try:
         if param.is_complex():
             raise ValueError("complex parameters are not rescaled or shrunk")
@@ -328,13 +339,15 @@ def _completed(
 def why_not(rule: Rule, param: Tensor, grad: Tensor, mine: State, slots: tuple[str, ...]) -> str | None:
     """Why a parameter cannot take a step, or None if it can."""
     turns = param.is_complex()
+    if param.is_conj():
+        return "the parameter is a view with the conjugate bit set; resolve_conj() makes it a plain tensor"
     if why := why_not_plain(param, "the parameter", turns) or why_not_plain(grad, "its gradient", turns):
         return why
     if turns and (rule.look is not None or not grad.is_complex()):
         what = f"its gradient is real ({grad.dtype})" if not grad.is_complex() else f"the rule {rule.name!r} is not"
         return f"the parameter is complex ({param.dtype}), {what}"
     if rule.look is not None and is_flat(param):
-        return f"it is {_FLAT}"
+        return f"it is {FLAT}"
     if param.device.type == "meta":
         return "the parameter is on the meta device, where tensors have no memory"
     if overlaps_itself(param):
@@ -378,6 +391,8 @@ def _why_not_state(param: Tensor, tensor: Any) -> str | None:
         return f"cannot be used: {why}"
     if tensor.is_complex() != param.is_complex():
         return f"is {tensor.dtype}, the parameter {param.dtype}"
+    if tensor.is_conj():
+        return "is a view with the conjugate bit set; resolve_conj() makes it a plain tensor"
     if tensor.shape != param.shape:
         return f"has the shape {tuple(tensor.shape)}"
     if tensor.device != param.device:
@@ -406,8 +421,6 @@ def why_not_plain(tensor: Tensor, what: str, complex_too: bool = False) -> str |
         return f"{what} is sparse ({tensor.layout}); only dense tensors are supported"
     if tensor.is_complex() and not complex_too:
         return f"{what} is complex ({tensor.dtype}); complex tensors are not supported here"
-    if tensor.is_conj():
-        return f"{what} is a view with the conjugate bit set; resolve_conj() makes it a plain tensor"
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return f"{what} has the integer dtype {tensor.dtype}; only floating-point tensors are supported"
     if getattr(type(tensor), "__torch_dispatch__", None) is not _PLAIN_DISPATCH:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
-from operator import is_
+from operator import attrgetter, is_
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,11 +17,11 @@ from torch.optim import Optimizer
 from fastwrs.measuring import Scope
 from fastwrs.optim.base import FusedOptimizer
 from fastwrs.options import Rescale
-from fastwrs.plan import label, why_not
+from fastwrs.plan import FLAT, dtypes_of, is_flat, label, overlapping, why_not
 from fastwrs.spec import RULES
 from fastwrs.wrapper import unwrapped
 
-_NAMES = "param_names"
+_ndim_of = attrgetter("ndim")
 
 
 class WeightRescaler:
@@ -35,14 +37,17 @@ class WeightRescaler:
             ...
             optimizer.step()  # and every fourth time the norms are set
 
-    After a step of the optimizer each of its parameters that has a gradient takes a step of the rescaler, which counts
-    them by itself, parameter by parameter and from 1: ``every``, ``start`` and ``stop`` mean these counts, which begin
-    when the rescaler is made. A step that a ``GradScaler`` skips is none here either, nor does one rescale while the
-    learning rate of the parameter's group is 0. Param groups that are added later are looked at too. A group whose norm
-    is 0 or not finite stays as it is. To begin with rescaled weights, call :func:`fastwrs.rescale_` once.
+    After a step of the optimizer each of its parameters that has a gradient then takes a step of the rescaler, which
+    counts them by itself, parameter by parameter and from 1: ``every``, ``start`` and ``stop`` mean these counts, which
+    begin when the rescaler is made. (An optimizer that frees gradients in its step leaves nothing to rescale.) A step
+    that a ``GradScaler`` skips is none here either, nor is one in which all learning rates are 0, as
+    ``torch.distributed.checkpoint`` takes; a group whose learning rate is 0 is not rescaled. Param groups that are
+    added later are looked at too. A group whose norm is 0 or not finite stays as it is. To begin with rescaled weights,
+    call :func:`fastwrs.rescale_` once.
 
-    A resumed training needs :meth:`state_dict` beside that of the optimizer. Optimizers drop their hooks when they are
-    copied or pickled, and so the rescaler: copy or pickle it, and it brings its optimizer along.
+    It wraps the ``step`` of this optimizer, as learning rate schedulers do. A resumed training needs :meth:`state_dict`
+    beside that of the optimizer. Optimizers leave such wrappers behind when they are copied or pickled: copy or pickle
+    the rescaler, and it brings its optimizer along.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``, or the wrapper that a training framework has put around one; what it
@@ -62,7 +67,10 @@ class WeightRescaler:
     optimizer: Optimizer
     _params: list[Tensor] | None
     _chosen: set[int]
-    _hooks: tuple[Any, ...] = ()
+    _wrapper: Any = None
+    """What takes the place of the optimizer's ``step``; None once the rescaler is removed."""
+    _replaced: Any = None
+    """A ``step`` that the optimizer itself had before, and not its class."""
 
     def __init__(
         self,
@@ -83,17 +91,21 @@ class WeightRescaler:
         self._projector = _Projector(rescale, backend)
         self._follow()
         if not any(group["params"] for group in self._projector.param_groups):
-            raise ValueError("WeightRescaler: there is nothing to rescale, no parameter has 2 dimensions or more")
+            why = "no parameter has 2 dimensions or more" if params is None else "params is empty"
+            raise ValueError(f"WeightRescaler: there is nothing to rescale, {why}")
         self._attach()
 
     def remove(self) -> None:
         """Leaves the optimizer alone from now on."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = ()
+        if self._wrapper is not None and vars(self.optimizer).get("step") is self._wrapper:
+            del self.optimizer.step  # otherwise others have wrapped it since, and find a wrapper that does nothing
+            if self._replaced is not None:
+                self.optimizer.step = self._replaced
+        self._wrapper = self._replaced = None
 
     def state_dict(self) -> dict[str, Any]:
         """The options and the step counts, in the form of an optimizer's state dict."""
+        self._follow()
         return self._projector.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -103,15 +115,20 @@ class WeightRescaler:
             ValueError, TypeError: the dict does not fit. The message says where; nothing has changed.
         """
         self._follow()
-        self._projector.load_state_dict(state_dict)
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"WeightRescaler: a state dict must be a mapping, got {state_dict!r}")
+        groups = state_dict.get("param_groups", ())
+        if any(isinstance(group, Mapping) and group.get("rescale", "") is None for group in groups):
+            raise ValueError("WeightRescaler: a param group of the state dict is not rescaled (rescale is None)")
+        self._projector.load_state_dict(dict(state_dict))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hooks": len(self._hooks)}
+        return {**self.__dict__, "_wrapper": self._wrapper is not None, "_replaced": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _hooks=())
+        self.__dict__.update(state, _wrapper=None)
         self._chosen = set(map(id, self._params or ()))  # copies have other ids
-        if state["_hooks"]:
+        if state["_wrapper"]:
             self._attach()
 
     def __repr__(self) -> str:
@@ -119,11 +136,24 @@ class WeightRescaler:
         return f"WeightRescaler({type(self.optimizer).__name__}, {found[0] if len(found) == 1 else found})"
 
     def _attach(self) -> None:
-        # Groups are looked at before the step, so that what cannot be rescaled is refused before anything has changed.
-        self._hooks = (
-            self.optimizer.register_step_pre_hook(lambda *_: self._follow()),
-            self.optimizer.register_step_post_hook(lambda *_: self._project()),
-        )
+        # Not PyTorch's hooks: they run once for each class whose `step` calls that of its base, and some optimizers
+        # have none. Groups are looked at before, so that what cannot be rescaled is refused while nothing has changed.
+        inner = self.optimizer.step
+
+        @functools.wraps(inner)
+        def step(optimizer: Optimizer, *args: Any, **options: Any) -> Any:
+            if optimizer is not self.optimizer:  # a copy that has taken the wrapper along
+                return type(optimizer).step(optimizer, *args, **options)
+            if self._wrapper is None:
+                return inner(*args, **options)
+            self._follow()
+            result = inner(*args, **options)
+            self._project()
+            return result
+
+        self._replaced = vars(self.optimizer).get("step")
+        self._wrapper = MethodType(step, self.optimizer)  # schedulers take a bound method
+        self.optimizer.step = self._wrapper
 
     @_disable_dynamo
     def _follow(self) -> None:
@@ -133,26 +163,33 @@ class WeightRescaler:
             self._projector.follow(theirs, [self._places(group, g) for g, group in enumerate(theirs)])
         for mine, group in zip(self._projector.param_groups, theirs, strict=True):
             lr = group.get("lr")
-            # Whether it is 0 is all that counts, and not every optimizer has a number there.
-            mine["lr"] = lr if isinstance(lr, Tensor) else float(lr != 0)
+            # Whether it is 0 is all that counts, and not every optimizer has a number there. To look at one on a device
+            # would wait for that.
+            mine["lr"] = lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(bool(lr != 0))
 
     def _places(self, group: Mapping[str, Any], g: int) -> list[int]:
         """Which parameters of a group are rescaled."""
         if self._params is not None:
             return [i for i, param in enumerate(group["params"]) if id(param) in self._chosen]
         for i, param in enumerate(group["params"]):
+            if is_flat(param):
+                raise ValueError(f"WeightRescaler: {label(group, g, i)}: it is {FLAT}")
             if is_lazy(param):
                 raise ValueError(f"WeightRescaler: {label(group, g, i)} has no shape yet: run the model once before")
         return [i for i, param in enumerate(group["params"]) if param.ndim >= 2 and param.is_floating_point()]
 
     @_disable_dynamo
     def _project(self) -> None:
+        if all(isinstance(group["lr"], float) and group["lr"] == 0 for group in self._projector.param_groups):
+            return
         # A GradScaler gives it to optimizers that skip steps by themselves; for others it does not call step at all.
         self._projector.project(getattr(self.optimizer, "found_inf", None))
 
 
 def _listed(optimizer: Optimizer, params: Tensor | Iterable[Tensor]) -> list[Tensor]:
     """The parameters as a list, each of which the optimizer has."""
+    if not isinstance(params, Iterable):
+        raise TypeError(f"WeightRescaler: params must be tensors, got {type(params).__name__}")
     listed = [params] if isinstance(params, Tensor) else list(params)
     known = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for k, param in enumerate(listed):
@@ -169,6 +206,7 @@ class _Projector(FusedOptimizer):
     rule = RULES["project"]
     found_inf: Any = None
     _theirs: tuple[tuple[Tensor, ...], ...] = ()
+    _ndims: tuple[int, ...] = ()
 
     def __init__(self, rescale: Rescale, backend: str) -> None:
         defaults = {"lr": 1.0, "maximize": False, "differentiable": False}
@@ -177,16 +215,21 @@ class _Projector(FusedOptimizer):
 
     def knows(self, theirs: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the groups have the parameters that they had when it followed last."""
-        return len(theirs) == len(self._theirs) and all(
+        if len(theirs) != len(self._theirs) or not all(
             len(group["params"]) == len(known) and all(map(is_, group["params"], known))
             for group, known in zip(theirs, self._theirs, strict=True)
-        )
+        ):
+            return False
+        return tuple(map(_ndim_of, self._rescaled())) == self._ndims
+
+    def _rescaled(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def follow(self, theirs: Sequence[Mapping[str, Any]], places: list[list[int]]) -> None:
         """Takes over the parameters at these places of all groups, or on an error of none; its own options stay."""
         groups = []
         for g, (group, chosen) in enumerate(zip(theirs, places, strict=True)):
-            own = self.param_groups[g] if g < len(self.param_groups) else self.defaults
+            own = self.param_groups[g] if g < len(self.param_groups) else self._options()
             groups.append({**own, "params": [group["params"][i] for i in chosen]})
             if "param_names" in group:
                 groups[g]["param_names"] = [group["param_names"][i] for i in chosen]
@@ -194,17 +237,27 @@ class _Projector(FusedOptimizer):
                 self._check(groups[g], g)
             except ValueError as error:
                 raise ValueError(f"WeightRescaler: {error}") from None
+        every = [(group, g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
+        if clash := overlapping([group["params"][i] for group, _, i in every]):
+            one, other = (label(*every[k]) for k in clash)
+            raise ValueError(f"WeightRescaler: {one} and {other} share memory")
         self.param_groups[:] = groups
         self._theirs = tuple(tuple(group["params"]) for group in theirs)
-        left = {id(param) for group in groups for param in group["params"]}
+        self._ndims = tuple(map(_ndim_of, self._rescaled()))
+        left = set(map(id, self._rescaled()))
         for param in [param for param in self.state if id(param) not in left]:
             del self.state[param]
 
     def _check(self, group: dict[str, Any], g: int) -> None:
         self.check_group(group, g)
         for i, param in enumerate(group["params"]):
-            if why := why_not(self.rule, param, param, {}, ()):
+            if why := why_not(self.rule, param, param, {}, ()) or _why_not_dtype(param):
                 raise ValueError(f"{label(group, g, i)}: {why}")
+
+    def _options(self) -> dict[str, Any]:
+        """Those of a group that comes: as the others', which may have been loaded."""
+        known = self.param_groups[0] if self.param_groups else self.defaults
+        return {**self.defaults, "rescale": known["rescale"]}
 
     @torch.no_grad()
     def project(self, found_inf: Any) -> None:
@@ -218,3 +271,11 @@ class _Projector(FusedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._theirs = ()  # a copy has other parameters
+
+
+def _why_not_dtype(param: Tensor) -> str:
+    try:
+        dtypes_of(param, param, (param,))
+    except ValueError:
+        return f"its dtype {param.dtype} is not supported; allowed: float32, float64, bfloat16, float16"
+    return ""

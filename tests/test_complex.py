@@ -162,17 +162,16 @@ def test_what_is_refused() -> None:
         with pytest.raises(RuntimeError, match=r"params\[0\]\[0\].* complex \(torch.complex64\), the rule .* is not"):
             optimizer.step()
     optimizer = fastwrs.AdamW([weight])
-    weight.grad = torch.ones(4, 3, dtype=torch.complex64).mH
-    assert weight.grad.is_conj()
-    with pytest.raises(RuntimeError, match="its gradient is a view with the conjugate bit set; resolve_conj"):
-        optimizer.step()
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert not torch.equal(weight, before)
     before = weight.detach().clone()
-    weight.grad = torch.ones(4, 3, dtype=torch.complex64).mH  # by the plan that is there now
-    with pytest.raises(RuntimeError, match="conjugate bit"):
+    weight.grad = torch.ones(4, 3, dtype=torch.complex64).mH
+    assert weight.grad.is_conj()
+    optimizer.grad_scale = torch.tensor(2.0)
+    with pytest.raises(RuntimeError, match="its gradient is to be unscaled, and is a view with the conjugate bit set"):
         optimizer.step()
+    del optimizer.grad_scale
     optimizer.state[weight]["exp_avg"] = torch.zeros(3, 4)
     weight.grad = torch.ones_like(weight)
     with pytest.raises(RuntimeError, match=r"its state 'exp_avg' is torch.float32, the parameter torch.complex64"):
@@ -180,3 +179,35 @@ def test_what_is_refused() -> None:
     assert torch.equal(weight, before)
     with pytest.raises(ValueError, match="state_dtype"):
         fastwrs.AdamW([weight], state_dtype=torch.bfloat16)
+
+
+def test_gradients_that_are_conjugate_views() -> None:
+    """As autograd leaves them behind a product with a conjugate."""
+    params = []
+    kind: Any
+    options: dict[str, Any]
+    for kind, options in ((fastwrs.SGD, {}), (torch.optim.SGD, {"foreach": False})):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(3, 4, dtype=torch.complex64))
+        optimizer: Any = kind([weight], lr=0.1, momentum=0.9, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (torch.randn(5, 4, dtype=torch.complex64) @ weight.mH).abs().square().sum().backward()
+            assert weight.grad is not None
+            assert weight.grad.is_conj()
+            optimizer.step()
+        params.append(weight)
+    torch.testing.assert_close(*params)
+
+
+def test_a_model_that_becomes_complex() -> None:
+    """After a step: the plan is another one at once."""
+    layer = nn.Linear(3, 4)
+    optimizer = fastwrs.SGD(layer.parameters(), lr=0.1)
+    for dtype in (torch.float32, torch.complex64):
+        for param in layer.parameters():
+            param.data, param.grad = param.detach().to(dtype), None
+            param.grad = torch.ones_like(param)
+        before = layer.weight.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close(layer.weight.detach(), before - 0.1)

@@ -134,7 +134,7 @@ def _halved_in_files(patch: pytest.MonkeyPatch) -> None:
 
 def _options_read_once(patch: pytest.MonkeyPatch) -> None:
     refresh = Records.refresh
-    patch.setattr(Records, "refresh", lambda self, groups: None if self.flat else refresh(self, groups))
+    patch.setattr(Records, "refresh", lambda self, *given: None if self.flat else refresh(self, *given))
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -471,3 +473,21 @@ def test_overlaps_itself() -> None:
     assert not overlaps_itself(torch.zeros(3, 4)[:, ::2])
     assert not overlaps_itself(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
     assert not overlaps_itself(torch.zeros(1, 5).expand(1, 5))
+
+
+@pytest.mark.parametrize("kind", [fastwrs.SGD, fastwrs.AdamW, fastwrs.AdamP])
+def test_an_optimizer_that_nobody_has_is_freed_at_once(kind: Any) -> None:
+    """Not when Python's collector comes along, which memory of a GPU does not make it do."""
+    gc.collect()
+    gc.disable()
+    try:
+        param = nn.Parameter(torch.ones(3, 4))
+        param.grad = torch.ones(3, 4)
+        optimizer = kind([param], lr=0.1, rescale=fastwrs.Rescale())
+        optimizer.step()
+        optimizer.step()
+        seen = weakref.ref(optimizer)
+        del optimizer
+        assert seen() is None
+    finally:
+        gc.enable()

@@ -190,7 +190,7 @@ def test_groups_that_come_and_change() -> None:
 
 
 def test_the_learning_rate_decides_whether_at_all() -> None:
-    """As in the optimizers: none at 0, as a number and as a tensor; the step counts all the same."""
+    """As in the optimizers: none at 0, as a number and as a tensor. Such a step does not count, either."""
     for lr in (0.0, torch.tensor(0.0), torch.tensor(0.0, dtype=torch.float64)):
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=0.1, foreach=not isinstance(lr, float))
@@ -198,7 +198,7 @@ def test_the_learning_rate_decides_whether_at_all() -> None:
         before = [w.clone() for w in weights(optimizer)]
         train(model, optimizer, range(2))
         assert all(map(torch.equal, before, weights(optimizer)))
-        assert {state["step"].item() for state in rescaler.state_dict()["state"].values()} == {2.0}
+        assert not rescaler.state_dict()["state"]
         if isinstance(lr, Tensor):
             lr.fill_(0.1)
         else:
@@ -241,6 +241,87 @@ def test_remove_and_several() -> None:
     assert norm_deviation(third.detach(), (0, 1), 1.0) < 1e-6
     assert "SGD" in repr(two)
     assert "axis='tensor'" in repr(two)
+
+
+class Loud(torch.optim.SGD):
+    """Its step is that of its base, whose hooks PyTorch runs as well; and it may fail."""
+
+    fails = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        if self.fails:
+            raise RuntimeError("no step")
+        return super().step(closure)
+
+
+def test_a_step_that_is_that_of_its_base_is_one_step() -> None:
+    torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)  # from here on PyTorch wraps the base's step too
+    model = network()
+    optimizer = Loud(model.parameters(), lr=0.1)
+    rescaler = WeightRescaler(optimizer, Rescale(every=2))
+    train(model, optimizer, range(1))
+    assert not held(optimizer, 1.0)
+    optimizer.fails = True
+    with pytest.raises(RuntimeError, match="no step"):
+        train(model, optimizer, range(1))
+    optimizer.fails = False
+    train(model, optimizer, range(1, 2))
+    assert held(optimizer, 1.0)
+    assert {state["step"].item() for state in rescaler.state_dict()["state"].values()} == {2.0}
+
+
+def test_gradients_that_hooks_free_and_schedulers_around() -> None:
+    """What others put around the step or behind it changes nothing, before the rescaler and after it."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: rescaled.append(all(p.grad is not None for p in model.parameters())))
+    rescaled: list[bool] = []
+    schedules: list[Any] = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+    rescaler = WeightRescaler(optimizer, Rescale())
+    schedules.append(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
+    train(model, optimizer, range(2))
+    for schedule in schedules:
+        schedule.step()
+    assert held(optimizer, 1.0)
+    assert rescaled == [True, True]
+    rescaler.remove()
+    train(model, optimizer, range(2, 4))
+    assert not held(optimizer, 1.0)
+
+
+def test_checkpoints_of_torch_distributed_take_no_step_of_it() -> None:
+    """They take one of the optimizer, with a learning rate of 0, wherever it has no state."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    runs = []
+    for saves in (False, True):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        rescaler = WeightRescaler(optimizer, Rescale(every=4))
+        for step in range(6):
+            train(model, optimizer, range(step, step + 1))
+            if saves:
+                optimizer.zero_grad()
+                get_optimizer_state_dict(model, optimizer)
+        assert {state["step"].item() for state in rescaler.state_dict()["state"].values()} == {6.0}
+        runs.append(list(model.parameters()))
+    assert all(map(torch.equal, *runs))
+
+
+def test_groups_that_come_after_a_checkpoint() -> None:
+    """They have the options that were loaded; and a state dict is that of the groups as they are now."""
+    saved = WeightRescaler(torch.optim.SGD(network().parameters(), lr=0.1), Rescale(target=3.0)).state_dict()
+    optimizer = torch.optim.SGD(network().parameters(), lr=0.1)
+    rescaler = WeightRescaler(optimizer, Rescale())
+    rescaler.load_state_dict(saved)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.randn(4, 5))]})
+    assert [group["rescale"]["target"] for group in rescaler.state_dict()["param_groups"]] == [3.0, 3.0]
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.randn(param.shape)
+    optimizer.step()
+    assert held(optimizer, 3.0)
 
 
 class Lookahead(Optimizer):
@@ -291,8 +372,25 @@ def test_bad_arguments() -> None:
         WeightRescaler(torch.optim.SGD([bias], lr=0.1), Rescale())
     with pytest.raises(ValueError, match="no such backend"):
         WeightRescaler(optimizer, Rescale(), backend="fast")
-    assert not optimizer._optimizer_step_post_hooks
+    assert "step" not in vars(optimizer)
     rescaler = WeightRescaler(optimizer, Rescale())
-    for wrong in (optimizer.state_dict(), fastwrs.SGD(model.parameters(), lr=0.1).state_dict(), {"state": {}}):
-        with pytest.raises((ValueError, KeyError), match="state"):
+    none = rescaler.state_dict()
+    none["param_groups"][0]["rescale"] = None
+    wrong: Any
+    for wrong in (optimizer.state_dict(), fastwrs.SGD(model.parameters(), lr=0.1).state_dict(), {"state": {}}, none, 3):
+        with pytest.raises((ValueError, KeyError, TypeError), match="state"):
             rescaler.load_state_dict(wrong)
+    rescaler.remove()
+    for bad, message in ((3, "params must be tensors, got int"), ([], "params is empty")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            WeightRescaler(optimizer, Rescale(), bad)
+    base = torch.randn(8, 3)
+    views = [nn.Parameter(base[:5]), nn.Parameter(base[3:])]
+    with pytest.raises(ValueError, match=r"params\[0\]\[0\] .* and parameter params\[0\]\[1\] .* share memory"):
+        WeightRescaler(torch.optim.SGD(views, lr=0.1), Rescale())
+    flat = nn.Parameter(torch.randn(12))
+    flat._is_flat_param = True  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"params\[0\]\[1\] .*flat parameter of FSDP1"):
+        WeightRescaler(torch.optim.SGD([matrices(model)[0], flat], lr=0.1), Rescale())
+    with pytest.raises(ValueError, match=r"its dtype torch.float8_e4m3fn is not supported"):
+        WeightRescaler(torch.optim.SGD([nn.Parameter(torch.ones(2, 2).to(torch.float8_e4m3fn))]), Rescale())

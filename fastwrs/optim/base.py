@@ -167,8 +167,8 @@ class FusedOptimizer(Optimizer):
         rule = self.rule_for(self.param_groups)
         if self._records is None or self._records.rule is not rule:
             names = [name for name in self.defaults if name not in ("lr", "foreach", "fused", "capturable")]
-            self._records = Records(rule, self.numbers, names)
-        self._records.refresh(self.param_groups)
+            self._records = Records(rule, names)
+        self._records.refresh(self.param_groups, self.numbers)
         return self._records
 
     def _others(self, plan: Plan) -> list[Plan]:

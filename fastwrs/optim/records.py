@@ -35,20 +35,23 @@ class Records:
 
     Args:
         rule: the rule whose record this is.
-        numbers: gives the rule's own hyperparameters of a group by the names of the record.
         names: the options of a group that a record depends on, without lr.
     """
 
-    def __init__(self, rule: Rule, numbers: Numbers, names: Sequence[str]) -> None:
+    def __init__(self, rule: Rule, names: Sequence[str]) -> None:
         self.flat: list[float] = []
         self.lrs: list[Tensor] = []
         self.shapes: list[Any] = []
-        self.rule, self._numbers = rule, numbers
+        self.rule = rule
         self._values = itemgetter(*names)
         self._seen: list[Any] = []  # per group: lr and the other values the record was made from; None: read them again
 
-    def refresh(self, groups: Sequence[Group]) -> None:
-        """Brings the records up to date. On an error nothing is remembered of the group at fault."""
+    def refresh(self, groups: Sequence[Group], numbers: Numbers) -> None:
+        """Brings the records up to date. On an error nothing is remembered of the group at fault.
+
+        ``numbers`` gives the rule's own hyperparameters of a group by the names of the record. It is not kept: it knows
+        the optimizer, which would then be freed by Python's collector only.
+        """
         width = len(self.rule.record)
         if len(groups) != len(self._seen):
             self._seen, self.shapes = [None] * len(groups), [None] * len(groups)
@@ -59,7 +62,7 @@ class Records:
             seen, values, lr = self._seen[g], self._values(group), group["lr"]
             if seen is None or not all(map(is_, values, seen[1])):
                 self._seen[g] = None
-                record = read(self.rule, group, self._numbers(group), g)
+                record = read(self.rule, group, numbers(group), g)
                 self.shapes[g] = shape_of(self.rule, group)
                 self.flat[g * width : (g + 1) * width] = record
                 # A tensor or a list can change its content and stay the same object.
