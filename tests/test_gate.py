@@ -40,17 +40,17 @@ NUMBERS = {"delta": 0.1, "eps": 0.0, "wd_ratio": 0.2}
 
 def test_open_by_channel_by_hand() -> None:
     across = matrix((4, -3), (1, 0))
-    removed, ratio = gate(WEIGHTS, across, STEP, NUMBERS)
+    removed, ratio, _ = gate(WEIGHTS, across, STEP, NUMBERS)
     # w . step is 7 and 15, |w| ** 2 is 25: 7 / 25 of the first row, 15 / 25 of the second
     assert approx(removed, 0.84, 1.12, 0, 3)
     assert ratio == 0.2
-    removed, _ = gate(WEIGHTS, across, STEP, NUMBERS | {"eps": 1.0})
+    removed, *_ = gate(WEIGHTS, across, STEP, NUMBERS | {"eps": 1.0})
     assert approx(removed, 7 / 36 * 3, 7 / 36 * 4, 0, 15 / 36 * 5)
 
 
 def test_open_as_a_whole_by_hand() -> None:
     """Along the first row as much as against the second: each row is as far from orthogonal as can be."""
-    removed, ratio = gate(WEIGHTS, matrix((3, 4), (0, -5)), STEP, NUMBERS)
+    removed, ratio, _ = gate(WEIGHTS, matrix((3, 4), (0, -5)), STEP, NUMBERS)
     # w . step is 22 and |w| ** 2 is 50
     assert approx(removed, 1.32, 1.76, 0, 2.2)
     assert ratio == 0.2
@@ -79,7 +79,7 @@ def test_the_bound_itself_is_closed() -> None:
 def test_a_norm_below_eps_counts_as_eps() -> None:
     weights = matrix((1, 1, 1, 1)) / 2  # of norm 1, so that the cosine is 1 / eps ** 2; the bound is 0.05
     for eps, opens in ((0.5, False), (4.0, False), (5.0, True)):
-        removed, _ = gate(weights, weights, weights, NUMBERS | {"eps": eps})
+        removed, *_ = gate(weights, weights, weights, NUMBERS | {"eps": eps})
         assert (removed is not None) == opens
     assert approx(removed, *[0.5 / 36] * 4)
 

@@ -8,7 +8,8 @@ formula loses when it is run in the kernel's compute type with the same final ro
 
 - A parameter: ``max(|w before|, |w after|, |lr * u|)``.
 - With a gate (AdamP, SGDP) the step is made of the states as they are stored, so the formula rounds them before.
-- What a gate takes out of the step is one more term of u, and of a state that is projected with it.
+- What a gate takes out of the step is one more term of u, and of a state that is projected with it. It is itself a sum
+  over the row, in which a step across the weights cancels: the sum of the magnitudes counts.
 - What shifted L2 adds to the gradient is a sum of w - mu, its part eps / s, and mu: the largest counts.
 - A state: ``max(|before|, |after of the magnitudes|)``, where the second is the state that the oracle computes from the
   absolute values of all inputs without ``maximize``. Nothing cancels there, so it bounds every term: in
@@ -232,7 +233,7 @@ def _truth(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         states={name: state.abs() for name, state in inputs.states.items()},
         hyper={**inputs.hyper, "maximize": 0} | without[RULES[inputs.rule].look],
     ).run(torch.float64)
-    removed = torch.zeros_like(right.update) if right.removed is None else right.removed.abs()
+    removed = torch.zeros_like(right.update) if right.removed_terms is None else right.removed_terms
     before = {"param": inputs.param, **inputs.states}
     truth = {"param": right.param, "grad": right.grad, **right.states}
     in_states = inputs.hyper.get("project_momentum") and not inputs.hyper["nesterov"]

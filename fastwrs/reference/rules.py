@@ -30,6 +30,8 @@ class Update(NamedTuple):
     states: States
     removed: Tensor | None = None
     """What a gate took out of u; None where it was closed, and from rules without one."""
+    removed_terms: Tensor | None = None
+    """The sum of the magnitudes of what ``removed`` is a sum of, in which they may cancel."""
     added: Tensor | None = None
     """The largest of the numbers whose sum shifted L2 added to g. None: it did not."""
 
@@ -127,7 +129,18 @@ def adam(w: Tensor, g: Tensor, states: States, h: Hypers, *, t: int, lr: float, 
     return Update(m_hat / (v_hat.sqrt() + h["eps"]), 1 - lr * h["weight_decay"] if decoupled else 1.0, new)
 
 
-def gate(w: Tensor, g: Tensor, step: Tensor, h: Hypers) -> tuple[Tensor | None, float]:
+class Gate(NamedTuple):
+    """What a gate has decided."""
+
+    removed: Tensor | None
+    """What is to be subtracted from the step (None: closed)."""
+    ratio: float
+    """The factor of weight decay."""
+    terms: Tensor | None = None
+    """The sum of the magnitudes of what ``removed`` is a sum of."""
+
+
+def gate(w: Tensor, g: Tensor, step: Tensor, h: Hypers) -> Gate:
     """AdamP's and SGDP's gate: what of a step lies along the weights, if the weights look scale-invariant.
 
     Scale-invariant weights are orthogonal to their gradient. So rows of dimension 0 (channels) are tried first, then
@@ -143,15 +156,17 @@ def gate(w: Tensor, g: Tensor, step: Tensor, h: Hypers) -> tuple[Tensor | None, 
     Source: Heo et al., AdamP, ICLR 2021, Algorithm 2 and Eq. 12, in the form of the authors' package.
     """
     if w.ndim < 2 or w.numel() == 0:
-        return None, 1.0
+        return Gate(None, 1.0)
     for rows in (w.shape[0], 1):
         x, y, p = (tensor.reshape(rows, -1) for tensor in (w, g, step))
         norm, slope = (row.square().sum(dim=1).sqrt() for row in (x, y))
         cosine = (x * y).sum(dim=1).abs() / (norm.clamp(min=h["eps"]) * slope.clamp(min=h["eps"]))
         if bool(cosine.max() < h["delta"] / math.sqrt(x.shape[1])):
             unit = x / (norm + h["eps"]).unsqueeze(1)
-            return (unit * (unit * p).sum(dim=1, keepdim=True)).reshape(w.shape), h["wd_ratio"]
-    return None, 1.0
+            removed = unit * (unit * p).sum(dim=1, keepdim=True)
+            terms = unit.abs() * (unit * p).abs().sum(dim=1, keepdim=True)
+            return Gate(removed.reshape(w.shape), h["wd_ratio"], terms.reshape(w.shape))
+    return Gate(None, 1.0)
 
 
 def adamp(w: Tensor, g: Tensor, states: States, h: Hypers, *, t: int, lr: float, stored: Stored, **_: bool) -> Update:
@@ -170,13 +185,13 @@ def adamp(w: Tensor, g: Tensor, states: States, h: Hypers, *, t: int, lr: float,
     v = stored(h["beta2"] * states["exp_avg_sq"] + (1 - h["beta2"]) * g * g)
     ahead = h["beta1"] * m + (1 - h["beta1"]) * g if h["nesterov"] else m
     step = ahead / (v.sqrt() / math.sqrt(1 - h["beta2"] ** t) + h["eps"])
-    removed, ratio = gate(w, g, step, h)
+    removed, ratio, terms = gate(w, g, step, h)
     correction = 1 - h["beta1"] ** t
     decay = 1 - lr * h["weight_decay"] * ratio
     new = {"exp_avg": m, "exp_avg_sq": v}
-    if removed is None:
+    if removed is None or terms is None:
         return Update(step / correction, decay, new)
-    return Update((step - removed) / correction, decay, new, removed / correction)
+    return Update((step - removed) / correction, decay, new, removed / correction, terms / correction)
 
 
 def sgdp(w: Tensor, g: Tensor, states: States, h: Hypers, *, lr: float, stored: Stored, **_: float) -> Update:
@@ -196,13 +211,13 @@ def sgdp(w: Tensor, g: Tensor, states: States, h: Hypers, *, lr: float, stored: 
     """
     buf = stored(h["momentum"] * states["momentum_buffer"] + (1 - h["dampening"]) * g)
     u = g + h["momentum"] * buf if h["nesterov"] else buf
-    removed, ratio = gate(w, g, u, h)
+    removed, ratio, terms = gate(w, g, u, h)
     decay = 1 - lr * h["weight_decay"] * ratio / (1 - h["momentum"])
     if removed is None:
         return Update(u, decay, {"momentum_buffer": buf})
     u = u - removed
     kept = u if h["project_momentum"] and not h["nesterov"] else buf
-    return Update(u, decay, {"momentum_buffer": kept}, removed)
+    return Update(u, decay, {"momentum_buffer": kept}, removed, terms)
 
 
 def project(w: Tensor, g: Tensor, states: States, h: Hypers, **_: float) -> Update:  # noqa: ARG001

@@ -28,6 +28,8 @@ class Result:
     """u, the step before the learning rate."""
     removed: Tensor | None
     """What a gate took out of u (AdamP, SGDP)."""
+    removed_terms: Tensor | None
+    """The sum of the magnitudes of what it is a sum of."""
     added: Tensor | None
     """The largest of the numbers whose sum shifted L2 added to the gradient (SGD)."""
 
@@ -78,7 +80,7 @@ def step(
     w = param.to(dtype)
     g = grad.to(dtype) if grad_scale is None else grad.to(dtype) / grad_scale
 
-    u, decay, new_states, removed, added = RULES[rule](
+    u, decay, new_states, *looked = RULES[rule](
         w,
         -g if hyper["maximize"] else g,
         {name: state.to(dtype) for name, state in states.items()},
@@ -90,7 +92,7 @@ def step(
     )
     updated = w * decay - lr * u
     if dims is None:
-        return Result(updated, g, new_states, None, u, removed, added)
+        return Result(updated, g, new_states, None, u, *looked)
 
     norm_before = group_norms(w, dims)
     norm_updated = group_norms(updated, dims)
@@ -113,4 +115,4 @@ def step(
         "shrink_factor": shrinking,
     }
     measured = torch.stack([columns[name].flatten() for name in MEASURED], dim=1)
-    return Result(new, g, new_states, measured, u, removed, added)
+    return Result(new, g, new_states, measured, u, *looked)
