@@ -55,6 +55,10 @@ from fastwrs.reference.rules import gate
 from fastwrs.spec import MEASURED, NO_STOP, RULES
 
 LONG = 2000
+TAMED = {("sgd", "huge"): "large", ("sgd_shifted", "huge"): "large", ("adamp", "huge"): "large"}
+TAMED |= {("sgdp", "huge"): "large", ("sgdp", "sparse"): "plain"}
+"""Gradients for which another takes the place: what is left of huge momentum, once it is rescaled or removed, is all
+rounding; and of a projection that is all but 0, where momentum is 0."""
 GATE_MARGIN = 1e-3
 """How far, relative, the threshold of a gate is to be from the cosines, so that no rounding decides."""
 
@@ -346,6 +350,7 @@ class _Living:
             grad = step.grads[k % len(step.grads)]
             if step.grad_scale and tracked.weight.dtype == "float16" and grad.data in ("kept", "small"):
                 grad = replace(grad, data="plain")  # unscaled, they would be below the normal range
+            grad = replace(grad, data=TAMED.get((self.rule, grad.data), grad.data))
             if grad.data == "missing":
                 found[tracked] = None, None
             if grad.data in ("missing", "kept"):
@@ -545,9 +550,10 @@ def _overlaps(grad: Tensor | None) -> bool:
 
 
 def _is_promised(inputs: Inputs) -> bool:
-    """Whether the tolerance holds: all norms are 0 or within 1e-15 and 1e15, and long rows do not have theirs already.
+    """Whether the tolerance holds: norms are 0 or within 1e-15 and 1e15, and those to be set are changed in earnest.
 
-    A rescale that changes nothing costs the formula nothing, and the kernels what their sums lose.
+    A rescale that changes nothing costs the formula nothing, and the kernels what the sums of long rows lose. One of a
+    group that its update has all but taken away shows what the difference of the two has lost.
     """
     measured = inputs.run(torch.float64).measured
     if measured is None:
@@ -555,9 +561,11 @@ def _is_promised(inputs: Inputs) -> bool:
     columns = dict(zip(MEASURED, measured.unbind(1), strict=True))
     norms = torch.cat([values for name, values in columns.items() if "norm" in name and name != "effective_grad_norm"])
     beyond = (norms != 0) & ((norms < 1e-15) | (norms > 1e15))
-    rescaled = inputs.param.numel() > LONG and rescale_due(inputs.hyper, inputs.t, inputs.lr)
-    idle = rescaled and bool(((columns["rescale_factor"] - 1).abs() < 1e-6).any())
-    return not (idle or bool(beyond.any()))
+    if not rescale_due(inputs.hyper, inputs.t, inputs.lr):
+        return not bool(beyond.any())
+    idle = (columns["rescale_factor"] - 1).abs() < (1e-4 if inputs.param.numel() > LONG else 0)
+    terms = columns["norm_before"] + inputs.lr * columns["update_norm"]
+    return not bool(torch.cat([beyond, idle, columns["norm_updated"] < terms / 32]).any())
 
 
 def _groups(inputs: Inputs) -> int:

@@ -32,7 +32,7 @@ from life import (
 from fastwrs import Rescale, Shrink
 
 FAR = "SGD far from 1"
-"""SGD with weights and gradients near 1e-9 and 1e9, for a step that scales with them: not with a shift by an eps."""
+"""SGD with weights and gradients near 1e-9, for a step that scales with them: not with a shift by an eps."""
 KINDS = ("SGD", "Adam", "AdamW", "AdamP", FAR, "SGDP")
 SHAPES = [(), (1,), (2,), (17,), (0,), (1, 1), (1, 31), (31, 1), (13, 29), (3, 0), (0, 3), (9, 17), (5, 7, 3, 3)]
 SHAPES += [(12, 10, 1, 1), (16, 1, 3, 3), (7, 11, 13), (3, 1, 9), (2, 0, 4), (37, 41)]
@@ -84,7 +84,7 @@ def weights(draw: st.DrawFn, kind: str, short: bool) -> Weight:
         triples = [(param, grad) for param, grad in triples if param in ("float32", "float64")]
         triples, shape = (triples, shape) if triples else ([("bfloat16", "bfloat16")], (37, 41))
     dtype, grad = draw(st.sampled_from(triples))
-    sizes = [1.0] if kind != FAR or dtype == "float16" else [1.0, 1e-9, 1e9]
+    sizes = [1.0] if kind != FAR or dtype == "float16" else [1.0, 1e-9]
     return Weight(
         shape,
         dtype,
