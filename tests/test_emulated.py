@@ -16,6 +16,7 @@ import lists
 import projecting
 import pytest
 import torch
+from calls import untouched
 from cases import CASES, DTYPES, PROJECTIONS, Case, TensorCase, mask_of, select
 from tolerances import NORM_BOUND
 
@@ -175,18 +176,29 @@ def test_bytes_of_shifted_l2(option: str) -> None:
 
 
 def launches(name: str, option: str, axis: Any) -> int:
-    """Planned, not run. All arrays share one memory that is never touched: the lists are of many gigabytes."""
+    """Planned, not run."""
     params = lists.LISTS[name].params()
-    memory = torch.empty(max(math.prod(param.shape) for param in params))
-    arrays = [memory[: math.prod(param.shape)].view(param.shape) for param in params]
     rows = tuple(tuple(PROJECTIONS[project].items()) for project in ("rescale", "none"))
     case = Case("launches", option, (), DTYPES[0], rows)
+    arrays, *states = untouched([param.shape for param in params], 1 + len(case.slots))
     masks = [mask_of(axis if param.role == lists.WEIGHT else None, len(param.shape)) for param in params]
     hyper = [value for row in range(2) for value in case.hyper(row).values()]
     steps, groups = [torch.zeros(()) for _ in arrays], [int(mask == 0) for mask in masks]
-    states = arrays * len(case.slots)
     _, count = torch.ops.fastwrs.step_plan(
-        case.rule, arrays, arrays, states, steps, hyper, groups, masks, [], [], None, None, None, None
+        case.rule,
+        arrays,
+        arrays,
+        [t for of_slot in states for t in of_slot],
+        steps,
+        hyper,
+        groups,
+        masks,
+        [],
+        [],
+        None,
+        None,
+        None,
+        None,
     )
     return count
 

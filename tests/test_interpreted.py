@@ -15,7 +15,7 @@ import lists
 import projecting
 import pytest
 import torch
-from calls import Call, same
+from calls import Call, same, untouched
 from cases import DTYPES, PROJECTIONS, Case, TensorCase, mask_of
 from tolerances import NORM_BOUND, norm_deviation
 
@@ -159,23 +159,30 @@ def test_bytes_per_parameter_with_shifted_l2(option: str, bytes_: int, kind: str
 
 
 def planned(name: str, option: str, axis: Any) -> tuple[int, int]:
-    """Launches of a list's step, and its tensors that are walked by strides. Planned, not run.
-
-    All arrays share one memory that is never touched: the lists are of many gigabytes.
-    """
+    """Launches of a list's step, and its tensors that are walked by strides. Planned, not run."""
     from fastwrs.triton_kernels import launch
 
     params = lists.LISTS[name].params()
-    memory = torch.empty(max(math.prod(param.shape) for param in params))
-    arrays = [memory[: math.prod(param.shape)].view(param.shape) for param in params]
     case = Case("launches", option, (), DTYPES[0], (interpreted.RESCALED[0], tuple(PROJECTIONS["none"].items())))
+    arrays, *states = untouched([param.shape for param in params], 1 + len(case.slots))
     masks = [mask_of(axis if param.role == lists.WEIGHT else None, len(param.shape)) for param in params]
     rows = [case.hyper(row) for row in range(2)]
     hyper = [value for row in rows for value in row.values()]
     constants = [number for row in rows for number in launch.constants_of(case.rule, row)]
     steps, groups = [torch.zeros(()) for _ in arrays], [int(mask == 0) for mask in masks]
     sizes = list(launch.Variant(case.rule, len(case.slots), DTYPES[0], False, False).blocks)
-    arguments = case.rule, arrays, arrays, arrays * len(case.slots), steps, hyper, groups, masks, [], []
+    arguments = (
+        case.rule,
+        arrays,
+        arrays,
+        [t for of_slot in states for t in of_slot],
+        steps,
+        hyper,
+        groups,
+        masks,
+        [],
+        [],
+    )
     _, _, _, _, project, gate, _, walked, _ = torch.ops.fastwrs.triton_table(
         *arguments, None, None, None, None, False, constants, sizes, False, torch.empty(0, dtype=torch.int64)
     )
