@@ -103,8 +103,8 @@ PLANTED = [
 ]
 
 
-GATED = {("adamp", 2): 8, ("sgdp", 1): 8}
-LOOKING = GATED | {("sgd_shifted", 0): 8, ("sgd_shifted", 1): 8}
+GATED = {("adamp", 2): 7, ("sgdp", 1): 7}
+LOOKING = GATED | {("sgd_shifted", 0): 7, ("sgd_shifted", 1): 7}
 
 
 class Builds:
