@@ -190,7 +190,7 @@ LANES = (
     # As on a machine that may not ask the hub of Hugging Face.
     Lane("frameworks", 180, lambda: pytest_on_two_cores("frameworks", HF_HUB_OFFLINE="1")),
     Lane("fuzz", 180, lambda: pytest_on_two_cores("fuzz")),
-    Lane("sanitizers", 300, sanitizers),
+    Lane("sanitizers", 360, sanitizers),
     Lane("negative control", 420, lambda: pytest_("negative_control")),
     Lane("emulated", 540, emulated),
     Lane("emulated control", 600, lambda: pytest_("emulated_control")),
