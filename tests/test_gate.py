@@ -59,11 +59,11 @@ def test_open_as_a_whole_by_hand() -> None:
 def test_closed_by_hand() -> None:
     bad = matrix((4, -3), (math.nan, 0)), matrix((4, -3), (1, math.inf))
     for grad in (WEIGHTS, -WEIGHTS, matrix((4, -3), (0, 5)), *bad):
-        assert gate(WEIGHTS, grad, STEP, NUMBERS) == (None, 1.0)
-    assert gate(matrix((3, 4))[0], matrix((4, -3))[0], STEP[0], NUMBERS) == (None, 1.0)  # a vector has no gate
+        assert gate(WEIGHTS, grad, STEP, NUMBERS) == (None, 1.0, None)
+    assert gate(matrix((3, 4))[0], matrix((4, -3))[0], STEP[0], NUMBERS) == (None, 1.0, None)  # a vector has no gate
     for empty in ((0, 3), (3, 0)):
         nothing = torch.ones(empty)
-        assert gate(nothing, nothing, nothing, NUMBERS) == (None, 1.0)
+        assert gate(nothing, nothing, nothing, NUMBERS) == (None, 1.0, None)
 
 
 def test_the_bound_itself_is_closed() -> None:
