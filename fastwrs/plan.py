@@ -301,6 +301,17 @@ def dtypes_of(param: Tensor, grad: Tensor, states: Sequence[Tensor]) -> Triple:
     raise ValueError(f"dtypes (param, grad, state) are {_listed(triples)}; allowed: {_listed(DTYPE_TRIPLES)}")
 
 
+PROJECTED: dict[str, Triple] = {triple[0]: triple for triple in DTYPE_TRIPLES if triple[0] == triple[1]}
+"""Of a tensor's dtype by name, the triple of a step that reads neither a gradient nor a state."""
+
+
+def why_not_dtype(tensor: Tensor) -> str | None:
+    """Why a tensor of this dtype cannot be rescaled, or None if it can."""
+    if str(tensor.dtype).removeprefix("torch.") in PROJECTED:
+        return None
+    return f"dtype {tensor.dtype} is not supported; allowed: {', '.join(PROJECTED)}"
+
+
 @functools.cache
 def name_of(dtype: torch.dtype) -> str:
     """A dtype as ``fastwrs.spec`` calls it; of a complex one that of its parts."""

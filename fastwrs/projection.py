@@ -11,10 +11,7 @@ from torch.autograd.graph import increment_version
 
 from fastwrs import dispatch
 from fastwrs.options import Axis, axis_mask, checked_axis, checked_real, masked_dims
-from fastwrs.plan import name_of, overlapping, overlaps_itself, why_not_plain
-from fastwrs.spec import DTYPE_TRIPLES
-
-_DTYPES = {param: (param, grad, state) for param, grad, state in DTYPE_TRIPLES if param == grad}
+from fastwrs.plan import PROJECTED, name_of, overlapping, overlaps_itself, why_not_dtype, why_not_plain
 
 
 @torch.no_grad()
@@ -91,8 +88,8 @@ def _listed(tensors: Tensor | Iterable[Tensor], what: str) -> list[Tensor]:
         name = f"{what}: {_name(given, k)}"
         if why := why_not_plain(tensor, "it"):
             raise ValueError(f"{name}: {why}")
-        if name_of(tensor.dtype) not in _DTYPES:
-            raise ValueError(f"{name}: dtype {tensor.dtype} is not supported; allowed: {', '.join(_DTYPES)}")
+        if why := why_not_dtype(tensor):
+            raise ValueError(f"{name}: {why}")
     return given
 
 
@@ -116,7 +113,7 @@ def _bundles(tensors: list[Tensor]) -> list[tuple[dispatch.Backend, list[int]]]:
     for k, tensor in enumerate(tensors):
         found[tensor.device, tensor.dtype].append(k)
     return [
-        (dispatch.choose("auto", device.type, _DTYPES[name_of(dtype)]), ks) for (device, dtype), ks in found.items()
+        (dispatch.choose("auto", device.type, PROJECTED[name_of(dtype)]), ks) for (device, dtype), ks in found.items()
     ]
 
 

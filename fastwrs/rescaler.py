@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from operator import attrgetter, is_
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from types import MethodType
 from typing import Any
 
@@ -17,11 +18,12 @@ from torch.optim import Optimizer
 from fastwrs.measuring import Scope
 from fastwrs.optim.base import FusedOptimizer
 from fastwrs.options import Rescale
-from fastwrs.plan import FLAT, dtypes_of, is_flat, label, overlapping, why_not
+from fastwrs.plan import FLAT, is_flat, label, overlapping, why_not, why_not_dtype
 from fastwrs.spec import RULES
 from fastwrs.wrapper import unwrapped
 
 _ndim_of = attrgetter("ndim")
+_params_of = itemgetter("params")
 
 
 class WeightRescaler:
@@ -63,10 +65,8 @@ class WeightRescaler:
     Source: Liu et al., *Weight Rescaling*, Algorithm 1, lines 8 to 17.
     """
 
-    rule = RULES["project"]
     optimizer: Optimizer
     _params: list[Tensor] | None
-    _chosen: set[int]
     _wrapper: Any = None
     """What takes the place of the optimizer's ``step``; None once the rescaler is removed."""
     _replaced: Any = None
@@ -87,7 +87,6 @@ class WeightRescaler:
             raise TypeError(f"WeightRescaler: rescale must be a fastwrs.Rescale, got {rescale!r}")
         self.optimizer = optimizer
         self._params = None if params is None else _listed(optimizer, params)
-        self._chosen = set(map(id, self._params or ()))
         self._projector = _Projector(rescale, backend)
         self._follow()
         if not any(group["params"] for group in self._projector.param_groups):
@@ -127,7 +126,6 @@ class WeightRescaler:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _wrapper=None)
-        self._chosen = set(map(id, self._params or ()))  # copies have other ids
         if state["_wrapper"]:
             self._attach()
 
@@ -170,7 +168,8 @@ class WeightRescaler:
     def _places(self, group: Mapping[str, Any], g: int) -> list[int]:
         """Which parameters of a group are rescaled."""
         if self._params is not None:
-            return [i for i, param in enumerate(group["params"]) if id(param) in self._chosen]
+            chosen = set(map(id, self._params))
+            return [i for i, param in enumerate(group["params"]) if id(param) in chosen]
         for i, param in enumerate(group["params"]):
             if is_flat(param):
                 raise ValueError(f"WeightRescaler: {label(group, g, i)}: it is {FLAT}")
@@ -222,8 +221,8 @@ class _Projector(FusedOptimizer):
             return False
         return tuple(map(_ndim_of, self._rescaled())) == self._ndims
 
-    def _rescaled(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
+    def _rescaled(self) -> Iterable[Tensor]:
+        return chain.from_iterable(map(_params_of, self.param_groups))
 
     def follow(self, theirs: Sequence[Mapping[str, Any]], places: list[list[int]]) -> None:
         """Takes over the parameters at these places of all groups, or on an error of none; its own options stay."""
@@ -251,7 +250,7 @@ class _Projector(FusedOptimizer):
     def _check(self, group: dict[str, Any], g: int) -> None:
         self.check_group(group, g)
         for i, param in enumerate(group["params"]):
-            if why := why_not(self.rule, param, param, {}, ()) or _why_not_dtype(param):
+            if why := why_not(self.rule, param, param, {}, ()) or why_not_dtype(param):
                 raise ValueError(f"{label(group, g, i)}: {why}")
 
     def _options(self) -> dict[str, Any]:
@@ -271,11 +270,3 @@ class _Projector(FusedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._theirs = ()  # a copy has other parameters
-
-
-def _why_not_dtype(param: Tensor) -> str:
-    try:
-        dtypes_of(param, param, (param,))
-    except ValueError:
-        return f"its dtype {param.dtype} is not supported; allowed: float32, float64, bfloat16, float16"
-    return ""

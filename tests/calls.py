@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -153,16 +152,3 @@ def place(values: Tensor, layout: str, dtype: torch.dtype, device: str) -> tuple
     buffer = torch.full((size + 2 * GUARD,), math.nan, dtype=dtype, device=device)
     tensor = buffer.as_strided(shape, strides, GUARD + (layout == "off"))
     return buffer, tensor.copy_(values)
-
-
-def untouched(shapes: Sequence[tuple[int, ...]], copies: int) -> list[list[Tensor]]:
-    """Lists of fp32 tensors of these shapes, each in a place of its own: addresses that no memory stands behind yet.
-
-    For calls that are planned, not run: the lists are of many gigabytes.
-    """
-    sizes = [math.prod(shape) for shape in shapes]
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    reserved = mmap.mmap(-1, 4 * copies * sum(sizes), flags=flags)
-    pieces = torch.frombuffer(reserved, dtype=torch.float32).split(sizes * copies)
-    tensors = [piece.view(shape) for piece, shape in zip(pieces, [*shapes] * copies, strict=True)]
-    return [tensors[k * len(sizes) : (k + 1) * len(sizes)] for k in range(copies)]

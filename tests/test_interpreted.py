@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import interpreted
-import lists
+import planned
 import projecting
 import pytest
 import torch
-from calls import Call, same, untouched
-from cases import DTYPES, PROJECTIONS, Case, TensorCase, mask_of
+from calls import Call, same
+from cases import DTYPES, PROJECTIONS, Case, TensorCase
 from tolerances import NORM_BOUND, norm_deviation
 
 import fastwrs
@@ -158,31 +158,13 @@ def test_bytes_per_parameter_with_shifted_l2(option: str, bytes_: int, kind: str
 # ---- launches -------------------------------------------------------------------------------------------------------
 
 
-def planned(name: str, option: str, axis: Any) -> tuple[int, int]:
-    """Launches of a list's step, and its tensors that are walked by strides. Planned, not run."""
+def launches(name: str, option: str, axis: Any) -> tuple[int, int]:
+    """Of a list's step, and how many of its tensors are walked by strides."""
     from fastwrs.triton_kernels import launch
 
-    params = lists.LISTS[name].params()
-    case = Case("launches", option, (), DTYPES[0], (interpreted.RESCALED[0], tuple(PROJECTIONS["none"].items())))
-    arrays, *states = untouched([param.shape for param in params], 1 + len(case.slots))
-    masks = [mask_of(axis if param.role == lists.WEIGHT else None, len(param.shape)) for param in params]
-    rows = [case.hyper(row) for row in range(2)]
-    hyper = [value for row in rows for value in row.values()]
-    constants = [number for row in rows for number in launch.constants_of(case.rule, row)]
-    steps, groups = [torch.zeros(()) for _ in arrays], [int(mask == 0) for mask in masks]
+    case, arguments = planned.step_over(name, option, axis)
+    constants = [number for row in range(2) for number in launch.constants_of(case.rule, case.hyper(row))]
     sizes = list(launch.Variant(case.rule, len(case.slots), DTYPES[0], False, False).blocks)
-    arguments = (
-        case.rule,
-        arrays,
-        arrays,
-        [t for of_slot in states for t in of_slot],
-        steps,
-        hyper,
-        groups,
-        masks,
-        [],
-        [],
-    )
     _, _, _, _, project, gate, _, walked, _ = torch.ops.fastwrs.triton_table(
         *arguments, None, None, None, None, False, constants, sizes, False, torch.empty(0, dtype=torch.int64)
     )
@@ -191,29 +173,29 @@ def planned(name: str, option: str, axis: Any) -> tuple[int, int]:
 
 @pytest.mark.parametrize("option", [ADAMW, SGD, "project"])
 def test_launches(option: str) -> None:
-    assert planned("resnet50", option, "out") == (1, 0)
-    assert planned("resnet50", option, "in") == (1, 0)
-    assert planned("llama_1b", option, "out") == (1, 0)
-    assert planned("llama_3b", option, "out") == (1, 0)
-    assert planned("tiny", option, "out") == (1, 0)
-    assert planned("vgg16_bn", option, "out") == (2, 0)  # rows of 25,088
-    assert planned("resnet50", option, "tensor") == planned("resnet50", option, (0,)) == (2, 0)
+    assert launches("resnet50", option, "out") == (1, 0)
+    assert launches("resnet50", option, "in") == (1, 0)
+    assert launches("llama_1b", option, "out") == (1, 0)
+    assert launches("llama_3b", option, "out") == (1, 0)
+    assert launches("tiny", option, "out") == (1, 0)
+    assert launches("vgg16_bn", option, "out") == (2, 0)  # rows of 25,088
+    assert launches("resnet50", option, "tensor") == launches("resnet50", option, (0,)) == (2, 0)
 
 
 @pytest.mark.parametrize("option", ["adamp", "sgdp"])
 def test_launches_of_rules_with_a_gate(option: str) -> None:
     """One more."""
-    assert planned("resnet50", option, "out") == planned("llama_1b", option, None) == (2, 0)
+    assert launches("resnet50", option, "out") == launches("llama_1b", option, None) == (2, 0)
     for axis in ("tensor", (0,)):
-        assert planned("resnet50", option, axis) == (3, 0)
-    assert planned("vgg16_bn", option, "out") == (3, 0)
+        assert launches("resnet50", option, axis) == (3, 0)
+    assert launches("vgg16_bn", option, "out") == (3, 0)
 
 
 def test_launches_of_shifted_l2() -> None:
     """One more, which walks nothing: it reads the weights alone, and these are dense."""
-    assert planned("resnet50", "shifted.mom", "out") == planned("llama_1b", "shifted", None) == (2, 0)
-    assert planned("resnet50", "shifted.lam0", "out") == (1, 0)
-    assert planned("vgg16_bn", "shifted", "out") == planned("resnet50", "shifted", "tensor") == (3, 0)
+    assert launches("resnet50", "shifted.mom", "out") == launches("llama_1b", "shifted", None) == (2, 0)
+    assert launches("resnet50", "shifted.lam0", "out") == (1, 0)
+    assert launches("vgg16_bn", "shifted", "out") == launches("resnet50", "shifted", "tensor") == (3, 0)
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------

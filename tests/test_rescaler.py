@@ -392,5 +392,5 @@ def test_bad_arguments() -> None:
     flat._is_flat_param = True  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"params\[0\]\[1\] .*flat parameter of FSDP1"):
         WeightRescaler(torch.optim.SGD([matrices(model)[0], flat], lr=0.1), Rescale())
-    with pytest.raises(ValueError, match=r"its dtype torch.float8_e4m3fn is not supported"):
+    with pytest.raises(ValueError, match=r"dtype torch.float8_e4m3fn is not supported"):
         WeightRescaler(torch.optim.SGD([nn.Parameter(torch.ones(2, 2).to(torch.float8_e4m3fn))]), Rescale())

@@ -145,7 +145,7 @@ std::vector<Wave> cut_waves(const Call<P>& call, const std::vector<Work<compute_
   int64_t bytes = 0;
   for (const auto& w : works) {
     int64_t size = 0;
-    for (int k = 0; k < w.view->arrays; ++k) size += w.plan.geometry.numel() * call.element_size(k);
+    for (int k = 0; k < call.arrays(*w.view); ++k) size += w.plan.geometry.numel() * call.element_size(k);
     if (bytes > 0 && bytes + size > kWave) {
       waves.push_back({waves.back().end, waves.back().end});
       bytes = 0;
@@ -299,7 +299,8 @@ void step_typed(const StepJob& job, const Threads& threads) {
   Call<P> call;
   call.look_at = leaves().look_at(job.rule, job.dtypes.param, job.dtypes.grad, job.dtypes.state);
   call.look = job.look;
-  call.update = leaves().update(job.rule, job.slots, job.dtypes.param, job.dtypes.grad, job.dtypes.state);
+  call.rows = leaves().update(job.rule, job.slots, job.dtypes.param, job.dtypes.grad, job.dtypes.state);
+  if (updates(job.rule)) call.update = call.rows;
   call.dtypes = job.dtypes;
   call.grad_scale = job.grad_scale.value;
   call.measured = job.measured;
@@ -309,9 +310,6 @@ void step_typed(const StepJob& job, const Threads& threads) {
   static thread_local std::vector<TensorView> look_views;
   looks.clear();
   look_views.resize(call.look_at ? job.tensors.size() : 0);
-  static thread_local std::vector<TensorView> bare_views;  // without the gradient that nobody reads
-  bare_views.clear();
-  if (!call.update) bare_views = job.tensors;
   std::vector<float> finished(job.tensors.size());
   ScalarCache scalars;
   for (size_t i = 0; i < works.size(); ++i) {
@@ -319,8 +317,7 @@ void step_typed(const StepJob& job, const Threads& threads) {
     Work<C>& w = works[i];
     const double t = double(*s.step) + 1;
     finished[i] = float(t);
-    w.view = call.update ? &job.tensors[i] : &bare_views[i];
-    if (!call.update) bare_views[i].arrays = 1;
+    w.view = &job.tensors[i];
     w.maximize = s.maximize;
     const int count = scalars.fill(job.rule, s.rule_record, s.lr.value, t, t == 1 || s.fresh);
     leaves().cast_scalars(scalars.values, w.scalars, count, job.dtypes.param);
@@ -347,6 +344,8 @@ void project_typed(const std::vector<TensorView>& tensors, const double* target,
   call.dtypes.param = DtypeOf<P>::value;
   call.writes = target != nullptr;
   call.norms = static_cast<C*>(norms);
+  const Dtype dtype = DtypeOf<P>::value;
+  if (target) call.rows = leaves().update(rule_index(Project::kName), 0, dtype, dtype, DtypeOf<C>::value);
   std::vector<Work<C>> works(tensors.size());
   for (size_t i = 0; i < works.size(); ++i) {
     works[i].view = &tensors[i];

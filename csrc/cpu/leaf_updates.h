@@ -12,7 +12,8 @@
 namespace fastwrs::cpu {
 inline namespace FASTWRS_ISA {
 
-// kReads: the gradient is read; not where a first pass has done so for both.
+// kReads: the gradient is read; not where a first pass has done so for both, nor by a rule without an update, which has
+// whole rows alone.
 template <class Rule, int kSlots, class P, class G, class S, bool kReads>
 struct Updates {
   using C = compute_t<P>;
@@ -74,7 +75,7 @@ struct Updates {
         if (kSlots > 1) state1[i] = narrow(state[1], S());
         if (kSlots > 2) state2[i] = narrow(state[2], S());
       }
-      updated[i] = w;
+      if (kUpdates<Rule> || !std::is_same_v<P, C>) updated[i] = w;
       if constexpr (kSets == 1) terms[0] = w * w;
       if constexpr (kSets == kSums) {
         terms[kUpdated] = w * w;
@@ -136,13 +137,16 @@ struct Updates {
 
 template <class Rule, int kSlots, class P, class G, class S>
 void update(const UpdateArgs& a) {
-  if constexpr (LookOf<Rule::kLook>::kChangesStates) {
+  if constexpr (!kUpdates<Rule>) {
+    Updates<Rule, kSlots, P, G, S, false>::template rows<1>(a);
+  } else if constexpr (LookOf<Rule::kLook>::kChangesStates) {
     // what is measured is read for that, whether the rule looks at it or not
     const bool reads = (a.sums && a.measures) ||
                        static_cast<const typename Rule::template Scalars<compute_t<P>>*>(a.scalars)->nesterov != 0;
-    if (!reads) return Updates<Rule, kSlots, P, G, S, false>::update(a);
+    reads ? Updates<Rule, kSlots, P, G, S, true>::update(a) : Updates<Rule, kSlots, P, G, S, false>::update(a);
+  } else {
+    Updates<Rule, kSlots, P, G, S, true>::update(a);
   }
-  Updates<Rule, kSlots, P, G, S, true>::update(a);
 }
 
 }  // namespace FASTWRS_ISA

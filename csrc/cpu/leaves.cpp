@@ -20,9 +20,12 @@ Update find_update(int, int, Dtype, Dtype, Dtype) { return nullptr; }
 #else
 template <class Rule, int kSlots>
 Update find_triple(Dtype param, Dtype grad, Dtype state) {
-#define FASTWRS_TRIPLE(P, G, S)                                                                \
-  if (param == DtypeOf<P>::value && grad == DtypeOf<G>::value && state == DtypeOf<S>::value) { \
-    return &update<Rule, kSlots, P, G, S>;                                                     \
+  // without an update there is no gradient, and no state, to have another type
+#define FASTWRS_TRIPLE(P, G, S)                                                                  \
+  if constexpr (kUpdates<Rule> || (std::is_same_v<P, G> && std::is_same_v<S, compute_t<P>>)) {   \
+    if (param == DtypeOf<P>::value && grad == DtypeOf<G>::value && state == DtypeOf<S>::value) { \
+      return &update<Rule, kSlots, P, G, S>;                                                     \
+    }                                                                                            \
   }
   FASTWRS_DTYPE_TRIPLES(FASTWRS_TRIPLE)
 #undef FASTWRS_TRIPLE
@@ -57,7 +60,6 @@ LookAt find_look_at(int rule, Dtype param, Dtype grad, Dtype state) {
 
 template <class Rule, int kSlots = Rule::kMinSlots>
 Update find_slots(int slots, Dtype param, Dtype grad, Dtype state) {
-  if constexpr (!kUpdates<Rule>) return nullptr;
   if (slots == kSlots) return find_triple<Rule, kSlots>(param, grad, state);
   if constexpr (kSlots < Rule::kMaxSlots) return find_slots<Rule, kSlots + 1>(slots, param, grad, state);
   return nullptr;

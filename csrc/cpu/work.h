@@ -54,6 +54,7 @@ template <class P>
 struct Call {
   using C = compute_t<P>;
   void (*update)(const UpdateArgs&) = nullptr;  // null: parameters are projected or measured, not updated
+  void (*rows)(const UpdateArgs&) = nullptr;    // the same for whole rows, of those that are projected too
   LookAt look_at = nullptr;                     // the first pass of a rule that looks
   LookFacts look;
   Dtypes dtypes{};
@@ -65,6 +66,8 @@ struct Call {
   StoreLeaves<P> store;
   SumLeaves<C> sum;
 
+  // How many of a tensor's arrays are read: not the gradient, where there is no update.
+  int arrays(const TensorView& view) const { return update ? view.arrays : 1; }
   int64_t element_size(int array) const {
     return size_of(array == 0 ? dtypes.param : array == 1 ? dtypes.grad : dtypes.state);
   }

@@ -251,12 +251,12 @@ class Worker {
     if (!w.plan.geometry.strided()) return body(cursor(call, w, begin));
     Cursor at{};
     at.element = begin;
-    for (int k = 0; k < view.arrays; ++k) {
+    for (int k = 0; k < call.arrays(view); ++k) {
       at.array[k] = gathered_[k].data();
       gather(view, w.plan.geometry, k, call.element_size(k), begin, n, gathered_[k].data());
     }
     body(at);
-    for (int k = 0; writes && k < view.arrays; ++k) {
+    for (int k = 0; writes && k < call.arrays(view); ++k) {
       if (k == 1 && call.grad_scale == 0) continue;
       scatter(view, w.plan.geometry, k, call.element_size(k), begin, n, gathered_[k].data());
     }
@@ -472,7 +472,7 @@ class Worker {
   // What a look tells is the same for a whole row where the row lies within a channel.
   static bool takes_rows(const Call<P>& call, const Work<C>& w) {
     const Geometry& g = w.plan.geometry;
-    if (!call.update || !w.plan.takes_rows() || call.grad_scale != 0) return false;
+    if (!call.rows || !w.plan.takes_rows() || call.grad_scale != 0) return false;
     return !call.look_at || g.channel_inner % g.unit_size() == 0;
   }
 
@@ -496,7 +496,7 @@ class Worker {
       args.behind = before.row;
       args.behind_factor = before.factor;
       if (call.look_at) ask(call, w, row * size, args);
-      call.update(args);
+      call.rows(args);
       for (int k = 0; args.measures && k < kSums; ++k) sums_[k][0] = sums[k];
       if (!args.measures) sums_[kUpdated][0] = sums[0];
       before = last;
