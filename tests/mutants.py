@@ -172,8 +172,14 @@ MUTANTS = (
     ),
     _worker(
         "the factors of another strip",
-        "b.unit * p.geometry.cols + b.first_column;\n    for_runs",
-        "b.unit * p.geometry.cols;\n    for_runs",
+        "b.unit * w.plan.geometry.cols + b.first_column;\n      for_runs",
+        "b.unit * w.plan.geometry.cols;\n      for_runs",
+    ),
+    Mutant("an item for a range of them", "csrc/cpu/plan.h", "end_item * units_per_item)", "units_per_item)"),
+    _updates(
+        "weights that are not updated are not widened",
+        "if (kUpdates<Rule> || !std::is_same_v<P, C>)",
+        "if (kUpdates<Rule>)",
     ),
     _updates(
         "u is measured by the gradient",

@@ -60,7 +60,7 @@ class Phase {
   using C = compute_t<P>;
 
  public:
-  using Body = void (Worker<P>::*)(const Call<P>&, const Work<C>&, int64_t item);
+  using Body = void (Worker<P>::*)(const Call<P>&, const Work<C>&, int64_t begin, int64_t end);
 
   // backwards: begins with what the phase before has left in the cache.
   Phase(const Call<P>& call, const std::vector<Work<C>>& works, Body body, bool backwards = false)
@@ -121,9 +121,10 @@ class Phase {
 
   void run_items(Worker<P>& worker, int64_t begin, int64_t end) {
     int64_t tensor = map_.tensor_of(begin);
-    for (int64_t item = begin; item < end; ++item) {
+    for (int64_t item = begin; item < end; item = std::min(end, map_.first[tensor + 1])) {
       while (map_.first[tensor + 1] <= item) ++tensor;
-      (worker.*body_)(call_, works_[tensor], item - map_.first[tensor]);
+      const int64_t first = map_.first[tensor];
+      (worker.*body_)(call_, works_[tensor], item - first, std::min(end, map_.first[tensor + 1]) - first);
     }
   }
 

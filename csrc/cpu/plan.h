@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "../norms/geometry.h"
 #include "../norms/measured.h"
@@ -55,6 +56,10 @@ struct TensorPlan {
   // Columns that are summed side by side.
   int64_t sum_columns() const { return path == kOnePass ? geometry.cols : strip; }
 
+  // One pass: the units of some items.
+  std::pair<int64_t, int64_t> units_of(int64_t first_item, int64_t end_item) const {
+    return {first_item * units_per_item, std::min(geometry.units, end_item * units_per_item)};
+  }
   Block block(int64_t item) const {
     Block b;
     b.row_item = item / strips % row_items;

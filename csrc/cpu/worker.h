@@ -1,5 +1,5 @@
-// What one thread does with one item of work: gather (only where memory does not read in a straight line), update, sum,
-// scale, scatter. This is the tile loop.
+// What one thread does with some items of a tensor: gather (only where memory does not read in a straight line),
+// update, sum, scale, scatter. This is the tile loop.
 #pragma once
 
 #include <cstring>
@@ -50,14 +50,14 @@ class Worker {
   }
 
   // The first pass of a rule that looks: the sums of every row (or parts of them), and states if it changes these.
-  void look_at(const Call<P>& call, const Work<C>& w, int64_t item) {
+  void look_at(const Call<P>& call, const Work<C>& w, int64_t first_item, int64_t end_item) {
     const TensorPlan& p = w.plan;
     const bool writes = call.look.changes_states;
     const auto run = [&](const Cursor& at, int64_t n) {
       for (int64_t i = 0; i < n; i += p.run) look_at_run(call, w, advance(call, w, at, i), std::min(p.run, n - i));
     };
     if (p.path == TensorPlan::kOnePass) {
-      const int64_t begin = item * p.units_per_item, end = std::min(p.geometry.units, begin + p.units_per_item);
+      const auto [begin, end] = p.units_of(first_item, end_item);
       const int64_t size = p.geometry.unit_size(), cols = p.geometry.cols;
       if (looks_at_rows(call, w)) return look_at_rows(call, w, begin, end);
       for (int64_t unit = begin; unit < end; unit += p.units_per_tile) {
@@ -70,30 +70,34 @@ class Worker {
       }
       return;
     }
-    const Block b = p.block(item);
-    start_rows(call, w, b.unit * p.geometry.cols + b.first_column, b.columns, b.columns, b.rows * b.columns);
-    for_runs(call, w, b, writes, run);
-    leave_partial_sums(call, p, b);
+    for (int64_t item = first_item; item < end_item; ++item) {
+      const Block b = p.block(item);
+      start_rows(call, w, b.unit * p.geometry.cols + b.first_column, b.columns, b.columns, b.rows * b.columns);
+      for_runs(call, w, b, writes, run);
+      leave_partial_sums(call, p, b);
+    }
   }
 
   // The sums of rows that came in parts.
-  void finish_rows(const Call<P>& call, const Work<C>& w, int64_t item) {
-    const Block b = finish_partial_sums(call, w.plan, item);
-    const int64_t row = b.unit * w.plan.geometry.cols + b.first_column;
-    for (int k = 0; k < call.look.sums; ++k) {
-      std::memcpy(rows_of_look(call, w, k) + row, sums_[k].data(), b.columns * sizeof(C));
+  void finish_rows(const Call<P>& call, const Work<C>& w, int64_t first_item, int64_t end_item) {
+    for (int64_t item = first_item; item < end_item; ++item) {
+      const Block b = finish_partial_sums(call, w.plan, item);
+      const int64_t row = b.unit * w.plan.geometry.cols + b.first_column;
+      for (int k = 0; k < call.look.sums; ++k) {
+        std::memcpy(rows_of_look(call, w, k) + row, sums_[k].data(), b.columns * sizeof(C));
+      }
     }
   }
 
   // Makes of the sums of all rows of a tensor what the second pass is told.
-  void settle(const Call<P>& call, const Work<C>& w, int64_t /*item*/) {
+  void settle(const Call<P>& call, const Work<C>& w, int64_t /*first_item*/, int64_t /*end_item*/) {
     call.look.kind == Look::kGate ? open_gate(call, w) : find_shift(call, w);
   }
 
-  void first_phase(const Call<P>& call, const Work<C>& w, int64_t item) {
+  void first_phase(const Call<P>& call, const Work<C>& w, int64_t first_item, int64_t end_item) {
     const TensorPlan& p = w.plan;
     if (p.path == TensorPlan::kOnePass) {
-      const int64_t begin = item * p.units_per_item, end = std::min(p.geometry.units, begin + p.units_per_item);
+      const auto [begin, end] = p.units_of(first_item, end_item);
       if (takes_rows(call, w)) return take_rows(call, w, begin, end);
       for (int64_t unit = begin; unit < end; unit += p.units_per_tile) {
         const int64_t units = std::min(p.units_per_tile, end - unit);
@@ -102,50 +106,54 @@ class Worker {
       }
       return;
     }
-    const Block b = p.block(item);
-    start_sums(call, p, b.columns, b.rows * b.columns);
-    for_runs(call, w, b, call.writes, [&](const Cursor& at, int64_t n) {
-      for (int64_t i = 0; i < n; i += p.run) {
-        const int64_t m = std::min(p.run, n - i);
-        Cursor run = advance(call, w, at, i);
-        C* updated = kInPlace ? reinterpret_cast<C*>(run.array[0]) : updated_.data();
-        update(call, w, run, m, updated, [&] {
-          if (kInPlace || !call.writes || !call.update) return;
-          // Two phases take the norm of what is stored.
-          call.store.narrow(updated, reinterpret_cast<P*>(run.array[0]), m);
-          if (p.wants[kUpdated]) call.store.widen(reinterpret_cast<P*>(run.array[0]), updated, m);
-        });
-      }
-    });
-    leave_partial_sums(call, p, b);
+    for (int64_t item = first_item; item < end_item; ++item) {
+      const Block b = p.block(item);
+      start_sums(call, p, b.columns, b.rows * b.columns);
+      for_runs(call, w, b, call.writes, [&](const Cursor& at, int64_t n) {
+        for (int64_t i = 0; i < n; i += p.run) {
+          const int64_t m = std::min(p.run, n - i);
+          Cursor run = advance(call, w, at, i);
+          C* updated = kInPlace ? reinterpret_cast<C*>(run.array[0]) : updated_.data();
+          update(call, w, run, m, updated, [&] {
+            if (kInPlace || !call.writes || !call.update) return;
+            // Two phases take the norm of what is stored.
+            call.store.narrow(updated, reinterpret_cast<P*>(run.array[0]), m);
+            if (p.wants[kUpdated]) call.store.widen(reinterpret_cast<P*>(run.array[0]), updated, m);
+          });
+        }
+      });
+      leave_partial_sums(call, p, b);
+    }
   }
 
-  // Second phase: the sums of one strip of one unit become factors.
-  void finish(const Call<P>& call, const Work<C>& w, int64_t item) {
-    const TensorPlan& p = w.plan;
-    const Block b = finish_partial_sums(call, p, item);
-    const int64_t group = b.unit * p.geometry.cols + b.first_column;
-    conclude(call, w, group, b.columns, 0, factors(call, p) + group);
+  // Second phase: the sums of strips of units, one for each item, become factors.
+  void finish(const Call<P>& call, const Work<C>& w, int64_t first_item, int64_t end_item) {
+    for (int64_t item = first_item; item < end_item; ++item) {
+      const Block b = finish_partial_sums(call, w.plan, item);
+      const int64_t group = b.unit * w.plan.geometry.cols + b.first_column;
+      conclude(call, w, group, b.columns, 0, factors(call, w.plan) + group);
+    }
   }
 
   // Third: the factors are applied.
-  void scale(const Call<P>& call, const Work<C>& w, int64_t item) {
-    const TensorPlan& p = w.plan;
-    const Block b = p.block(item);
-    const C* factor = factors(call, p) + b.unit * p.geometry.cols + b.first_column;
-    for_runs(call, w, b, true, [&](const Cursor& at, int64_t n) {
-      P* param = reinterpret_cast<P*>(at.array[0]);
-      const int64_t whole_rows = kRun / b.columns * b.columns;
-      for (int64_t i = 0; i < n; i += whole_rows) {
-        const int64_t m = std::min(whole_rows, n - i);
-        const C* x = reinterpret_cast<const C*>(param + i);
-        if (!kInPlace) {
-          call.store.widen(param + i, updated_.data(), m);
-          x = updated_.data();
+  void scale(const Call<P>& call, const Work<C>& w, int64_t first_item, int64_t end_item) {
+    for (int64_t item = first_item; item < end_item; ++item) {
+      const Block b = w.plan.block(item);
+      const C* factor = factors(call, w.plan) + b.unit * w.plan.geometry.cols + b.first_column;
+      for_runs(call, w, b, true, [&](const Cursor& at, int64_t n) {
+        P* param = reinterpret_cast<P*>(at.array[0]);
+        const int64_t whole_rows = kRun / b.columns * b.columns;
+        for (int64_t i = 0; i < n; i += whole_rows) {
+          const int64_t m = std::min(whole_rows, n - i);
+          const C* x = reinterpret_cast<const C*>(param + i);
+          if (!kInPlace) {
+            call.store.widen(param + i, updated_.data(), m);
+            x = updated_.data();
+          }
+          apply(call, x, param + i, m, factor, b.columns);
         }
-        apply(call, x, param + i, m, factor, b.columns);
-      }
-    });
+      });
+    }
   }
 
  private:
