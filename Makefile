@@ -35,8 +35,10 @@ SEED := $(shell od -An -N3 -tu4 /dev/urandom)
 fuzz: $(BUILT) $(VENV)/.tools
 	FUZZ_CASES=$(N) FUZZ_SEED=$(strip $(SEED)) $(VENV)/bin/pytest -q -n 2 -m fuzz -k lives tests/test_fuzz.py
 
-bench: $(BUILT) $(VENV)/.tools
-	$(VENV)/bin/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname $(BENCH)
+# Ours against what is in requirements/peers.txt, in an environment of its own.
+PEERS := build/peers
+bench: $(PEERS)/.built
+	$(PEERS)/bin/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname $(BENCH)
 
 sass: $(BUILT) $(VENV)/.tools
 	$(VENV)/bin/python tests/sass.py --write docs/sass.md
@@ -83,6 +85,14 @@ $(VENV)/.torch: requirements/ci.txt
 $(BUILT): $(VENV)/.torch $(SOURCES)
 	@echo "building fastwrs ..."
 	$(PIP) install --no-build-isolation $(PINS) -e '.[examples]'
+	@touch $@
+
+$(PEERS)/.built: $(BUILT) requirements/ci.txt requirements/peers.txt
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@echo "installing what ours is measured against ..."
+	$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install $(PINS) torch setuptools ninja
+	$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install --no-build-isolation $(PINS) \
+		-r requirements/peers.txt -e '.[examples,test]'
 	@touch $@
 
 $(VENV)/.tools: requirements/ci.txt pyproject.toml | $(BUILT)

@@ -1,105 +1,195 @@
-"""The sides of the comparisons: ours, torch fused, and torch fused with the loop that users write after it."""
+"""What became slower between two records, or between two revisions of the source.
+
+    python bench/compare.py OLD.jsonl NEW.jsonl             lines of the same name in two records
+    python bench/compare.py REVISION REVISION [--rule ...]  builds both side by side and lets their steps take turns
+
+A record is what `make bench BENCH=--record` or `python -m fastwrs bench --record` writes. Its lines are ratios to a
+side of the same turns, so that records of different days can be compared; of revisions the ratio is that of the new one
+to the old one, round by round. Slower is what has its quartiles above those of the old record (of revisions: above 1).
+Exit code: 0 nothing became slower, 1 something did, 2 there is nothing to compare.
+"""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from fastwrs.benchmark.lists import LISTS
+from fastwrs.benchmark.sides import OPTIONS
+from fastwrs.benchmark.turns import Ratio
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKER = """
+import sys
+from fastwrs.benchmark import turns
+from fastwrs.benchmark.lists import LISTS
+from fastwrs.benchmark.sides import PRECISIONS, Work, make_grads, ours
 import torch
-from lists import Shape
-
-import fastwrs
-
-Step = Callable[[], object]
+name, rule, axis = sys.argv[1:]
+params = LISTS[name].params()
+work = Work.new(rule, PRECISIONS["float32"], params, make_grads(params, torch.float32, "cpu"))
+step = ours("cpu", axis or None).make(work)
+print("ready", flush=True)
+for line in sys.stdin:
+    print(turns.timed(step, int(line)), flush=True)
+"""
+"""Takes steps when it is told to. It runs this tree's benchmark on the other tree's optimizers."""
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """The ratio of two series that were measured in turns: its median over the rounds, and its quartiles."""
+class Change:
+    """One line of the verdict: the ratios of the old and of the new record."""
 
-    median: float
-    low: float
-    high: float
+    name: str
+    old: Ratio
+    new: Ratio
 
-    @classmethod
-    def of(cls, numerators: list[float], denominators: list[float]) -> Ratio:
-        """The two series, sample by sample."""
-        ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
-        low, median, high = statistics.quantiles(ratios, n=4)
-        return cls(median, low, high)
-
-
-def make_params(shapes: list[Shape], channels_last: bool = False) -> list[torch.nn.Parameter]:
-    """Parameters with gradients. The same seed for both sides, and memory of their own."""
-    seed = torch.Generator().manual_seed(0)
-    params = []
-    for shape in shapes:
-        layout = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
-        weight, grad = (torch.randn(shape, generator=seed).contiguous(memory_format=layout) for _ in range(2))
-        params.append(torch.nn.Parameter(weight))
-        params[-1].grad = grad.mul_(1e-2)
-    return params
+    @property
+    def verdict(self) -> str:
+        """In a word: what lies apart by more than the quartiles."""
+        if self.new.low > self.old.high:
+            return "SLOWER"
+        return "faster" if self.new.high < self.old.low else ""
 
 
-def groups(params: list[torch.nn.Parameter], axis: str | None) -> list[dict[str, object]]:
-    """Weights with two or more dimensions rescaled and not decayed, the rest decayed: as ``param_groups`` does it."""
-    weights = [p for p in params if p.ndim >= 2]
-    rest = [p for p in params if p.ndim < 2]
-    rescale = fastwrs.Rescale(axis=axis) if axis else None
-    return [{"params": weights, "rescale": rescale, "weight_decay": 0.0}, {"params": rest, "weight_decay": 1e-2}]
+def read(path: Path) -> dict[str, Ratio]:
+    """The ratios of a record by name: the last line of each, as ours over another side."""
+    found = {}
+    for text in path.read_text(encoding="utf-8").splitlines():
+        line: dict[str, Any] = json.loads(text)
+        if "to_fused" in line:
+            name = "/".join([line["list"], line["precision"], line["rule"], line["side"]])
+            found[name] = Ratio(**line["to_fused"])
+        elif "ratio" in line:
+            low, high = line["quartiles"]
+            ratio = Ratio(line["ratio"], low, high)
+            if (line.get("goal") or "").startswith(">="):  # theirs over ours
+                ratio = Ratio(1 / ratio.median, 1 / ratio.high, 1 / ratio.low)
+            found[line["name"]] = ratio
+    return found
 
 
-OPTIONS = {"AdamW": {"lr": 1e-3}, "SGD": {"lr": 1e-3, "momentum": 0.9}}
-BYTES = {"AdamW": 28, "SGD": 20}
-"""Bytes that a step has to move per fp32 element: read parameter, gradient and states, write all but the gradient."""
+def of_records(old: Path, new: Path) -> list[Change]:
+    """The lines that both records have."""
+    before, after = read(old), read(new)
+    return [Change(name, before[name], after[name]) for name in before if name in after]
 
 
-def ours(name: str, params: list[torch.nn.Parameter], axis: str | None = "out") -> Step:
-    """A step of fastwrs, on the cpu backend or not at all."""
-    kind = getattr(fastwrs, name)
-    return kind(groups(params, axis), backend="cpu", **OPTIONS[name]).step
+@contextmanager
+def worktree(revision: str) -> Iterator[Path]:
+    """A checkout of a revision with its kernels built, which goes away afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        subprocess.run(["git", "worktree", "add", "-q", "--detach", tree, revision], cwd=ROOT, check=True)
+        try:
+            print(f"building {revision} ...", flush=True)
+            environment = {**os.environ, "FASTWRS_CUDA": "0", "FASTWRS_CPU": "1"}
+            command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+            subprocess.run(command, cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
+            yield tree
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
 
 
-def torch_fused(name: str, params: list[torch.nn.Parameter]) -> Step:
-    """A step of torch's fused optimizer, without any rescaling."""
-    return getattr(torch.optim, name)(params, fused=True, weight_decay=1e-2, **OPTIONS[name]).step
+class Worker:
+    """A process that takes steps of one revision."""
+
+    def __init__(self, tree: Path, name: str, rule: str, axis: str) -> None:
+        overlay = tree / "fastwrs" / "benchmark"  # an old revision has none, or another one
+        shutil.rmtree(overlay, ignore_errors=True)
+        shutil.copytree(ROOT / "fastwrs" / "benchmark", overlay)
+        environment = {**os.environ, "PYTHONPATH": str(tree)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER, name, rule, axis],
+            cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.said()
+
+    def said(self) -> str:
+        """The next line of the process."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the steps of a revision failed with exit status {self.process.wait()}")
+        return line
+
+    def seconds(self, steps: int) -> float:
+        """Takes some steps; seconds per step."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return float(self.said())
+
+    def close(self) -> None:
+        """Ends the process."""
+        with self.process:  # which closes its pipes and waits
+            self.process.kill()
 
 
-def norms(weight: torch.Tensor) -> torch.Tensor:
-    """The norm of every channel, as a loop gets it."""
-    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True)
+def of_trees(old: Path, new: Path, names: list[str], rules: list[str], rounds: int) -> Iterator[Change]:
+    """Steps of two builds in turns; their ratio is that of the new one, against 1."""
+    for name in names:
+        repeat = max(1, 10**7 // LISTS[name].elements)  # a time of some milliseconds
+        for rule in rules:
+            for axis in ("", "out", "in") if LISTS[name].convolutions else ("", "out"):
+                with ExitStack() as stack:
+                    workers = [Worker(tree, name, rule, axis) for tree in (old, new)]
+                    for worker in workers:
+                        stack.callback(worker.close)
+                    times: tuple[list[float], list[float]] = ([], [])
+                    for turn in range(-3, rounds):
+                        for k in (0, 1) if turn % 2 else (1, 0):
+                            took = workers[k].seconds(repeat)
+                            if turn >= 0:
+                                times[k].append(took)
+                words = {"": "plain", "out": "WRS", "in": "WRS(IC)"}[axis]
+                yield Change(f"{name} {rule} {words}", Ratio(1.0, 1.0, 1.0), Ratio.of(times[1], times[0]))
 
 
-def with_loop(rescale: Callable[[torch.Tensor], object]) -> Callable[[str, list[torch.nn.Parameter]], Step]:
-    """A step of torch's fused optimizer, then ``rescale`` on every weight."""
-
-    def make(name: str, params: list[torch.nn.Parameter]) -> Step:
-        fused = torch_fused(name, params)
-        weights = [p for p in params if p.ndim >= 2]
-
-        @torch.no_grad()
-        def step() -> None:
-            fused()
-            for weight in weights:
-                rescale(weight)
-
-        return step
-
-    return make
+def report(changes: list[Change]) -> int:
+    """Prints the table; the exit code."""
+    if not changes:
+        print("nothing to compare: the records have no line in common", file=sys.stderr)
+        return 2
+    width = max(len(change.name) for change in changes) + 2
+    print(f"{'':<{width}}{'old':>8}  {'(quartiles)':<20}{'new':>8}  (quartiles)")
+    for change in changes:
+        columns = [f"{r.median:>8.3f}  {f'({r.low:.3f} to {r.high:.3f})':<20}" for r in (change.old, change.new)]
+        print(f"{change.name:<{width}}{''.join(columns)}{change.verdict}".rstrip())
+    slower = [change.name for change in changes if change.verdict == "SLOWER"]
+    print(f"slower by more than the spread: {', '.join(slower) or 'nothing'}")
+    return int(bool(slower))
 
 
-torch_fused_and_loop = with_loop(lambda weight: weight.copy_(weight / norms(weight)))
-"""With the loop as nGPT and Algorithm 1 of the WRS paper have it: ``W = W / |W|``."""
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", help="a record, or a git revision")
+    parser.add_argument("new", help="the same of the later one")
+    parser.add_argument("--list", choices=list(LISTS), action="append", help="for revisions; default: resnet50, tiny")
+    parser.add_argument("--rule", choices=list(OPTIONS), action="append", help="for revisions; default: all")
+    parser.add_argument("--rounds", type=int, default=30, help="for revisions")
+    options = parser.parse_args(arguments)
+    paths = [Path(options.old), Path(options.new)]
+    if all(path.is_file() for path in paths):
+        return report(of_records(*paths))
+    for name in (options.old, options.new):
+        command = ["git", "rev-parse", "-q", "--verify", f"{name}^{{commit}}"]
+        if subprocess.run(command, cwd=ROOT, check=False, capture_output=True).returncode:
+            parser.error(f"{name} is neither a record nor a git revision")
+    with worktree(options.old) as old, worktree(options.new) as new:
+        names, rules = options.list or ["resnet50", "tiny"], options.rule or list(OPTIONS)
+        return report(list(of_trees(old, new, names, rules, options.rounds)))
 
-torch_fused_and_inplace_loop = with_loop(lambda weight: weight.div_(norms(weight)))
-"""With the loop of somebody who counts bytes: divided in place."""
 
-
-def timed(step: Step, repeat: int) -> float:
-    """Seconds per step, over ``repeat`` of them."""
-    start = time.perf_counter()
-    for _ in range(repeat):
-        step()
-    return (time.perf_counter() - start) / repeat
+if __name__ == "__main__":
+    sys.exit(main())

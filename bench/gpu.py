@@ -3,7 +3,7 @@
     python bench/gpu.py --out FILE [--part NAME ...] [--seconds N]   measures, and goes on where FILE ends
     python bench/gpu.py --out FILE --launches                        counts launches instead
     python bench/gpu.py --once COMPARISON SIDE                       two steps, for a profiler
-    python bench/gpu.py --summary FILE ...                           prints the table
+    python bench/gpu.py --summary FILE ... [--plot PICTURE]          prints the table, draws it
 
 Sides take turns (A B C, B C A, ...), with the L2 cache flushed in between. *Device* is the time between two events
 around a step that the host has queued completely while the device was kept busy. *Host* is how long ``step()`` takes to
@@ -26,13 +26,15 @@ from pathlib import Path
 from typing import Protocol
 
 import gpu_record as record
-import gpu_sides
 import torch
 from gpu_record import Line, append, environment, quartiles
-from gpu_sides import FUSED, PRECISIONS, Side, Step, Work, bytes_per_element
-from lists import LISTS, Param, shrunk
 
 import fastwrs
+from fastwrs.benchmark import plot
+from fastwrs.benchmark import sides as contenders
+from fastwrs.benchmark.lists import LISTS, Param, shrunk
+from fastwrs.benchmark.plot import Panel
+from fastwrs.benchmark.sides import FUSED, PRECISIONS, Side, Step, Work, bytes_per_element, chunks
 
 COPY = "copy"
 ROUNDS = 30
@@ -64,7 +66,7 @@ class Comparison:
 
 
 def _all(*names: str, precisions: tuple[str, ...] = tuple(PRECISIONS), group: str = "main") -> list[Comparison]:
-    rules = ("AdamW",) if group == "compiled" else tuple(gpu_sides.OPTIONS)  # the loop is the same for both
+    rules = ("AdamW",) if group == "compiled" else tuple(contenders.OPTIONS)  # the loop is the same for both
     return [Comparison(name, kind, rule, group) for name in names for kind in precisions for rule in rules]
 
 
@@ -77,7 +79,7 @@ PARTS: dict[str, list[Comparison]] = {
     "small": _all("tiny", "vit_l"),
     "others": _all("resnet50", "vit_l", "llama_1b", precisions=("float32",), group="others"),
     "compiled": _all(
-        *("resnet50", "vgg16_bn", "vit_l", "llama_1b", "billion"), precisions=gpu_sides.TORCH_ONLY, group="compiled"
+        *("resnet50", "vgg16_bn", "vit_l", "llama_1b", "billion"), precisions=contenders.TORCH_ONLY, group="compiled"
     ),
 }
 """The parts that can be run one by one; what matters most comes first."""
@@ -222,20 +224,6 @@ class Setup:
         return 0.95 * free - min(8e9, 0.2 * total)
 
 
-def chunks(sides: list[Side], sizes: dict[str, float], capacity: float) -> Iterator[list[Side]]:
-    """Sides that fit into memory together. Torch fused is in each, as the one that the others are compared with."""
-    anchor, *others = sides
-    chunk, used, first = [anchor], sizes[anchor.name], True
-    for side in others:
-        if len(chunk) > 1 and used + sizes[side.name] > capacity:
-            yield chunk
-            chunk, used, first = [anchor], sizes[anchor.name], False
-        chunk.append(side)
-        used += sizes[side.name]
-    if len(chunk) > 1 or first:
-        yield chunk
-
-
 class FailedError(Exception):
     """Something of ours, or what everything is compared with, is wrong or cannot run."""
 
@@ -244,9 +232,9 @@ def compare(comparison: Comparison, setup: Setup, clock: Clock) -> Iterator[Line
     """The lines of one comparison. Raises FailedError after the lines that say why."""
     params, precision = comparison.params(setup.rehearsal), PRECISIONS[comparison.precision]
     convolutions = LISTS[comparison.list_name].convolutions
-    sides = gpu_sides.sides(comparison.group, setup.backends, convolutions)
+    sides = contenders.sides(comparison.group, setup.backends, convolutions)
     sides = [side for side in sides if side.fits(comparison.rule, comparison.precision, comparison.channels_last)]
-    grads = gpu_sides.make_grads(params, precision.params, setup.device, comparison.channels_last)
+    grads = contenders.make_grads(params, precision.params, setup.device, comparison.channels_last)
     elements = sum(grad.numel() for grad in grads)
     moved = elements * bytes_per_element(comparison.rule, precision)
     source = torch.empty(min(moved // 2, MOST_COPIED), dtype=torch.uint8, device=setup.device).random_()
@@ -265,14 +253,14 @@ def compare(comparison: Comparison, setup: Setup, clock: Clock) -> Iterator[Line
             try:
                 work = Work.new(comparison.rule, precision, params, grads)
                 step = side.make(work)
-                faults = gpu_sides.check(side, work, step)
+                faults = contenders.check(side, work, step)
             except Exception as error:  # a rival that cannot run here is no reason not to measure the others
                 yield common | {"kind": "failed", "side": side.name, "why": f"{type(error).__name__}: {error}"[:500]}
-                refused |= is_ours(side)
+                refused |= side.ours
                 continue
             if faults:
                 yield common | {"kind": "refused", "side": side.name, "why": "; ".join(faults[:3])}
-                refused |= is_ours(side)
+                refused |= side.ours
                 continue
             steps[side.name] = step
         if refused:
@@ -287,11 +275,6 @@ def compare(comparison: Comparison, setup: Setup, clock: Clock) -> Iterator[Line
         steps.clear()
         step = work = None
         gc.collect()
-
-
-def is_ours(side: Side) -> bool:
-    """Whether there is nothing to report without this side."""
-    return side is FUSED or side.name.startswith("fastwrs")
 
 
 def figures(samples: dict[str, Samples], name: str, moved: int, copied: torch.Tensor) -> Line:
@@ -336,7 +319,7 @@ def run(names: list[str], out: Path, done: list[Path], setup: Setup, seconds: fl
         if line["source"] == where["source"] and line.get("rehearsal", False) == setup.rehearsal
     ]
     known = {line["comparison"] for line in before if line["kind"] == "done"}
-    missing = [why for why in gpu_sides.absent(setup.backends) if why not in {line.get("why") for line in before}]
+    missing = [why for why in contenders.absent(setup.backends) if why not in {line.get("why") for line in before}]
     append(out, [{"kind": "absent", "why": why} | where for why in missing])
     clock, failed = setup.clock(), False
     for key in [comparison.key for name in names for comparison in PARTS[name]]:
@@ -362,7 +345,7 @@ def run(names: list[str], out: Path, done: list[Path], setup: Setup, seconds: fl
 def prepared(comparison: Comparison, setup: Setup, side: Side) -> tuple[Work, Step]:
     """A side that has taken three steps."""
     params, precision = comparison.params(setup.rehearsal), PRECISIONS[comparison.precision]
-    grads = gpu_sides.make_grads(params, precision.params, setup.device, comparison.channels_last)
+    grads = contenders.make_grads(params, precision.params, setup.device, comparison.channels_last)
     work = Work.new(comparison.rule, precision, params, grads)
     step = side.make(work)
     for _ in range(3):
@@ -395,7 +378,7 @@ def launches(step: Step) -> dict[str, list[float]]:
 def count_launches(out: Path, setup: Setup) -> int:
     """Launches of a step, side by side."""
     for comparison in LAUNCHES:
-        for side in [ours for ours in gpu_sides.sides("main", setup.backends, False) if ours.fits("AdamW", "float32")]:
+        for side in [ours for ours in contenders.sides("main", setup.backends, False) if ours.fits("AdamW", "float32")]:
             work, step = prepared(comparison, setup, side)
             found = launches(step)
             line = {"kind": "launches", "comparison": comparison.key, "side": side.name, "kernels": found}
@@ -410,7 +393,7 @@ def count_launches(out: Path, setup: Setup) -> int:
 def once(key: str, name: str, setup: Setup) -> int:
     """Two steps between the marks that a profiler started with ``--profile-from-start off`` looks for."""
     comparison = COMPARISONS[key]
-    found = gpu_sides.sides(comparison.group, setup.backends, LISTS[comparison.list_name].convolutions)
+    found = contenders.sides(comparison.group, setup.backends, LISTS[comparison.list_name].convolutions)
     side = next((side for side in found if side.name == name), None)
     if side is None:
         sys.exit(f"no side {name!r}; there are: {', '.join(side.name for side in found)}")
@@ -427,6 +410,15 @@ def once(key: str, name: str, setup: Setup) -> int:
     return 0
 
 
+def panels(lines: list[Line]) -> dict[str, Panel]:
+    """What is drawn of a record: the sides of each comparison."""
+    found: dict[str, Panel] = {}
+    for line in record.latest(lines):
+        panel = found.setdefault(line["comparison"], Panel({}, line["gb_per_s"] / line["share_of_copy"]))
+        found[line["comparison"]] = Panel({**panel.bars, line["side"]: line["gb_per_s"]}, panel.copy)
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -439,9 +431,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--launches", action="store_true", help="count launches")
     parser.add_argument("--once", nargs=2, metavar=("COMPARISON", "SIDE"), help="take two steps, for a profiler")
     parser.add_argument("--summary", type=Path, nargs="+", metavar="FILE", help="print the table of records")
+    parser.add_argument("--plot", type=Path, help="with --summary: draw it too, where matplotlib is installed")
     given = parser.parse_args(arguments)
     if given.summary:
-        print(record.summary(record.read(*given.summary)))
+        lines = record.read(*given.summary)
+        print(record.summary(lines))
+        if given.plot:
+            print(plot.why_not() or plot.draw(panels(lines), given.plot) or f"plot: {given.plot}")
         return 0
     setup = Setup.here(given.rehearse, given.rounds)
     if given.once:

@@ -38,6 +38,7 @@ TESTS = {
 """The parts of lane 7: files, and which of their tests. Those on Triton are apart, because they compile for minutes."""
 MORE_TO_DO = 3
 """What bench/gpu.py exits with when time was up."""
+DRAWING = 60.0  # seconds
 LOST = 9
 """What pytest exits with when a test has broken the CUDA context, as tests/on_gpu.py has it."""
 NOTHING_LEFT = 5
@@ -362,6 +363,10 @@ def run(session: Session, names: list[str], again: bool, seconds: float) -> int:
     text = f"{record.summary(lines)}\n```\n{table}\n```\n"
     (session.out / "summary.md").write_text(text, encoding="utf-8")
     session.say("\n" + text)
+    if record.latest(lines):
+        session.until = time.monotonic() + DRAWING
+        files = [session.out / "gpu.jsonl", *session.done]
+        session.python("bench/gpu.py", "--summary", *files, "--plot", session.out / "roofline.png")
     verdicts_seen = {verdict for _, verdict, _ in results}
     return 1 if "FAILED" in verdicts_seen else MORE_TO_DO if "left" in verdicts_seen else 0
 

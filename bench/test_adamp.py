@@ -14,14 +14,14 @@ from types import ModuleType
 from typing import Any
 
 import adamp
-import compare
-import lists
+import pairs
 import pytest
 import torch
-from compare import Ratio, Step
 from test_step import Comparison
 
 import fastwrs
+from fastwrs.benchmark import lists
+from fastwrs.benchmark.turns import Ratio, Step, timed
 
 Params = list[torch.nn.Parameter]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -100,7 +100,7 @@ def check(mine: Params, other: Params, axis: str | None) -> None:
 
 @pytest.mark.parametrize(("whose", "opens", "case"), COMPARISONS, ids=[case.name for _, _, case in COMPARISONS])
 def test_adamp(whose: str, opens: bool, case: Comparison, benchmark, record, rounds):
-    mine, other = (compare.make_params(case.shapes()) for _ in range(2))
+    mine, other = (pairs.make_params(case.shapes()) for _ in range(2))
     more = {"delta": OPEN} if opens else {}
     our_step, their_step = ours(case.rule, mine, case.axis, **more), theirs(whose, case.rule, other, **more)
     our_step()
@@ -111,7 +111,7 @@ def test_adamp(whose: str, opens: bool, case: Comparison, benchmark, record, rou
     their_times: list[float] = []
     benchmark.pedantic(
         our_step,
-        setup=lambda: their_times.append(compare.timed(their_step, 1)),
+        setup=lambda: their_times.append(timed(their_step, 1)),
         rounds=rounds,
         warmup_rounds=3,
     )

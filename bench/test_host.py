@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import compare
+import pairs
 import pytest
 import torch
 from test_step import Comparison
 
 import fastwrs
 from fastwrs import dispatch, library
+from fastwrs.benchmark.turns import Ratio, Step, timed
 
 TENSORS, REPEAT = 161, 20
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -57,34 +58,34 @@ def test_host_of_triton(name: str, benchmark, record, rounds, monkeypatch):
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_host_in_backward(name: str, benchmark, record, rounds):
     """An optimizer for each parameter, as where steps are taken in the backward pass: whole steps, of both sides."""
-    ours, theirs = (compare.make_params([(2, 2)] * TENSORS) for _ in range(2))
-    our_steps = [getattr(fastwrs, name)([param], **compare.OPTIONS[name]).step for param in ours]
-    their_steps = [compare.torch_fused(name, [param]) for param in theirs]
+    ours, theirs = (pairs.make_params([(2, 2)] * TENSORS) for _ in range(2))
+    our_steps = [getattr(fastwrs, name)([param], **pairs.OPTIONS[name]).step for param in ours]
+    their_steps = [pairs.torch_fused(name, [param]) for param in theirs]
     their_times: list[float] = []
 
-    def all_of(steps: list[compare.Step]) -> None:
+    def all_of(steps: list[Step]) -> None:
         for step in steps:
             step()
 
     benchmark.pedantic(
         lambda: all_of(our_steps),
-        setup=lambda: their_times.append(compare.timed(lambda: all_of(their_steps), 1)),
+        setup=lambda: their_times.append(timed(lambda: all_of(their_steps), 1)),
         rounds=rounds,
         warmup_rounds=3,
     )
     our_times = benchmark.stats.stats.data
     case = Comparison(f"{TENSORS} optimizers of one parameter, {name} / torch fused", name, list, axis=None)
     their_times = their_times[-len(our_times) :]
-    record(case, compare.Ratio.of(our_times, their_times), our_times, their_times, bytes_per_step=0)
+    record(case, Ratio.of(our_times, their_times), our_times, their_times, bytes_per_step=0)
 
 
 def measure(name: str, module: Any, seam: str, goal: float, benchmark, record, rounds, backend: str = "auto") -> None:
-    ours, theirs = (compare.make_params([(2, 2)] * TENSORS) for _ in range(2))
+    ours, theirs = (pairs.make_params([(2, 2)] * TENSORS) for _ in range(2))
     optimizer = getattr(fastwrs, name.split(",")[0])(ours, backend=backend, **OPTIONS[name])
     optimizer.step()
     optimizer.step()
     finished = optimizer.state[ours[0]]["step"].item()
-    their_step = compare.torch_fused("AdamW", theirs)
+    their_step = pairs.torch_fused("AdamW", theirs)
     their_step()
     kernels, their_times = getattr(module, seam), []
 
@@ -98,7 +99,7 @@ def measure(name: str, module: Any, seam: str, goal: float, benchmark, record, r
 
     benchmark.pedantic(
         our_steps,
-        setup=lambda: their_times.append(compare.timed(their_step, REPEAT)),
+        setup=lambda: their_times.append(timed(their_step, REPEAT)),
         rounds=rounds,
         warmup_rounds=3,
     )
@@ -107,4 +108,4 @@ def measure(name: str, module: Any, seam: str, goal: float, benchmark, record, r
     their_times = their_times[-len(our_times) :]
     kind = "host side" if backend == "auto" else f"host side of {backend}"
     case = Comparison(f"{kind}, {TENSORS} tensors, {name} / torch's AdamW step", "AdamW", list, target=goal)
-    record(case, compare.Ratio.of(our_times, their_times), our_times, their_times, bytes_per_step=0)
+    record(case, Ratio.of(our_times, their_times), our_times, their_times, bytes_per_step=0)

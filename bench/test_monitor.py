@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 
-import compare
-import lists
+import pairs
 import pytest
-from compare import Ratio
 from test_step import Comparison
 
 import fastwrs
+from fastwrs.benchmark import lists
+from fastwrs.benchmark.turns import Ratio, timed
 
 COMPARISONS = [
     (every, Comparison(f"resnet50 {rule}+WRS, measured {words} / not", rule, lists.resnet50, target=goal, repeat=every))
@@ -24,10 +24,10 @@ COMPARISONS = [
 
 @pytest.mark.parametrize(("every", "case"), COMPARISONS, ids=[case.name for _, case in COMPARISONS])
 def test_monitor(every: int, case: Comparison, benchmark, record, rounds):
-    kind, options = getattr(fastwrs, case.rule), compare.OPTIONS[case.rule]
+    kind, options = getattr(fastwrs, case.rule), pairs.OPTIONS[case.rule]
     # One optimizer with the monitor on and off: two would not share what is in the cache.
-    params = compare.make_params(case.shapes())
-    optimizer = kind(compare.groups(params, case.axis), backend="cpu", **options)
+    params = pairs.make_params(case.shapes())
+    optimizer = kind(pairs.groups(params, case.axis), backend="cpu", **options)
     monitor = fastwrs.Monitor(optimizer, every=every, channels=0)
 
     def measured() -> None:
@@ -42,7 +42,7 @@ def test_monitor(every: int, case: Comparison, benchmark, record, rounds):
     plain_times: list[float] = []
     benchmark.pedantic(
         measured,
-        setup=lambda: plain_times.append(compare.timed(plain, 1) / every),
+        setup=lambda: plain_times.append(timed(plain, 1) / every),
         rounds=rounds,
         warmup_rounds=3,
     )
@@ -54,4 +54,4 @@ def test_monitor(every: int, case: Comparison, benchmark, record, rounds):
     assert max(abs(norm - 1) for _, norm in norms) < 3e-7, "what was measured is wrong"
     plain_times = plain_times[-len(times) :]
     elements = sum(map(math.prod, case.shapes()))
-    record(case, Ratio.of(times, plain_times), times, plain_times, bytes_per_step=elements * compare.BYTES[case.rule])
+    record(case, Ratio.of(times, plain_times), times, plain_times, bytes_per_step=elements * pairs.BYTES[case.rule])

@@ -12,15 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import compare
-import lists
+import pairs
 import pytest
 import torch
-from compare import Ratio
 from test_step import Comparison
 from torch import Tensor
 
 import fastwrs
+from fastwrs.benchmark import lists
+from fastwrs.benchmark.turns import Ratio, Step, timed
 
 BYTES = 8
 """Per fp32 element: read once, written once."""
@@ -34,14 +34,14 @@ class Resting(torch.optim.Optimizer):
         """Nothing."""
 
 
-def ours(params: list[torch.nn.Parameter]) -> compare.Step:
+def ours(params: list[torch.nn.Parameter]) -> Step:
     optimizer = Resting(params, {"lr": 1.0})
     fastwrs.WeightRescaler(optimizer, fastwrs.Rescale(), backend="cpu")
     return optimizer.step
 
 
 def foreach_div(weights: list[Tensor]) -> None:
-    torch._foreach_div_(weights, [compare.norms(w) for w in weights])
+    torch._foreach_div_(weights, [pairs.norms(w) for w in weights])
 
 
 def foreach_mul_of_rows(weights: list[Tensor]) -> None:
@@ -60,7 +60,7 @@ def foreach_squares(weights: list[Tensor]) -> None:
 
 def one_by_one(weights: list[Tensor]) -> None:
     for w in weights:
-        w.div_(compare.norms(w))
+        w.div_(pairs.norms(w))
 
 
 def normalize(weights: list[Tensor]) -> None:
@@ -81,7 +81,7 @@ def comparison(loop: Loop) -> Comparison:
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 def test_rescaler(loop: Loop, benchmark, record, rounds):
     case = comparison(loop)
-    mine, other = (compare.make_params(case.shapes()) for _ in range(2))
+    mine, other = (pairs.make_params(case.shapes()) for _ in range(2))
     our_step = ours(mine)
     weights = [param.detach() for param in other if param.ndim >= 2]
     our_step()
@@ -92,7 +92,7 @@ def test_rescaler(loop: Loop, benchmark, record, rounds):
     their_times: list[float] = []
 
     def theirs() -> None:
-        their_times.append(compare.timed(lambda: loop(weights), 1))
+        their_times.append(timed(lambda: loop(weights), 1))
 
     benchmark.pedantic(our_step, setup=theirs, rounds=rounds, warmup_rounds=3)
     our_times = benchmark.stats.stats.data

@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import compare
-import lists
+import pairs
 import pytest
 import torch
-from compare import Ratio
+
+from fastwrs.benchmark import lists
+from fastwrs.benchmark.turns import Ratio, Step, timed
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Comparison:
     rule: str
     shapes: Callable[[], list[lists.Shape]]
     axis: str | None = "out"
-    rival: Callable[..., compare.Step] = compare.torch_fused
+    rival: Callable[..., Step] = pairs.torch_fused
     channels_last: bool = False
     inverse: bool = False
     target: float | None = None
@@ -43,7 +44,7 @@ class Comparison:
         return ratio >= self.target if self.inverse else ratio <= self.target
 
 
-LOOP, INPLACE = compare.torch_fused_and_loop, compare.torch_fused_and_inplace_loop
+LOOP, INPLACE = pairs.torch_fused_and_loop, pairs.torch_fused_and_inplace_loop
 BIG, TINY = lists.resnet50, lists.tiny
 COMPARISONS = (
     Comparison("resnet50 AdamW+WRS / torch fused", "AdamW", BIG, target=1.0),
@@ -79,8 +80,8 @@ def check(ours: list[torch.nn.Parameter], theirs: list[torch.nn.Parameter], axis
 
 @pytest.mark.parametrize("case", COMPARISONS, ids=lambda case: case.name)
 def test_step(case: Comparison, benchmark, record, rounds):
-    ours, theirs = (compare.make_params(case.shapes(), case.channels_last) for _ in range(2))
-    our_step = compare.ours(case.rule, ours, case.axis)
+    ours, theirs = (pairs.make_params(case.shapes(), case.channels_last) for _ in range(2))
+    our_step = pairs.ours(case.rule, ours, case.axis)
     their_step = case.rival(case.rule, theirs)
     our_step()
     their_step()
@@ -90,7 +91,7 @@ def test_step(case: Comparison, benchmark, record, rounds):
     their_times: list[float] = []
     benchmark.pedantic(
         lambda: [our_step() for _ in range(case.repeat)],
-        setup=lambda: their_times.append(compare.timed(their_step, case.repeat)),
+        setup=lambda: their_times.append(timed(their_step, case.repeat)),
         rounds=rounds,
         warmup_rounds=warmup,
     )
@@ -98,4 +99,4 @@ def test_step(case: Comparison, benchmark, record, rounds):
     their_times = their_times[-len(our_times) :]
     ratio = Ratio.of(their_times, our_times) if case.inverse else Ratio.of(our_times, their_times)
     elements = sum(map(math.prod, case.shapes()))
-    record(case, ratio, our_times, their_times, bytes_per_step=elements * compare.BYTES[case.rule])
+    record(case, ratio, our_times, their_times, bytes_per_step=elements * pairs.BYTES[case.rule])

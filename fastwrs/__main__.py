@@ -1,4 +1,4 @@
-"""``python -m fastwrs info``: what is installed and what can run here."""
+"""``python -m fastwrs info``: what is installed and what can run here. ``... bench``: what a step costs here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import torch
 
 from fastwrs import __version__, backends, library
+from fastwrs.benchmark import command
 
 
 def info() -> str:
@@ -33,7 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastwrs", description="Fused optimizers with weight rescaling.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed and what can run here")
-    parser.parse_args(arguments)
+    command.add_arguments(commands.add_parser("bench", help="what a step costs here, against torch's optimizers"))
+    options = parser.parse_args(arguments)
+    if options.command == "bench":
+        return command.run(options)
     print(info())
     return 0
 

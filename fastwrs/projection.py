@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.nn.parameter import is_lazy
 
 from fastwrs import dispatch
 from fastwrs.options import Axis, axis_mask, checked_axis, checked_real, masked_dims
@@ -81,10 +82,14 @@ def channel_norms(tensors: Tensor | Iterable[Tensor], axis: Axis = "out") -> lis
 
 def _listed(tensors: Tensor | Iterable[Tensor], what: str) -> list[Tensor]:
     """The tensors as a list; a single one is one tensor, not a sequence of its rows."""
+    if not isinstance(tensors, Iterable):
+        raise TypeError(f"{what}: tensors must be a tensor or several, got {type(tensors).__name__}")
     given = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     for k, tensor in enumerate(given):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{what}: tensors[{k}] must be a tensor, got {type(tensor).__name__}")
+        if is_lazy(tensor):
+            raise ValueError(f"{what}: tensors[{k}] has no shape yet: run the model once before")
         name = f"{what}: {_name(given, k)}"
         if why := why_not_plain(tensor, "it"):
             raise ValueError(f"{name}: {why}")

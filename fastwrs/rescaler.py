@@ -121,6 +121,9 @@ class WeightRescaler:
             raise ValueError("WeightRescaler: a param group of the state dict is not rescaled (rescale is None)")
         self._projector.load_state_dict(dict(state_dict))
 
+    def __copy__(self) -> Any:
+        raise TypeError("WeightRescaler: a shallow copy would rescale the same optimizer once more; use copy.deepcopy")
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_wrapper": self._wrapper is not None, "_replaced": None}
 
@@ -270,3 +273,6 @@ class _Projector(FusedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._theirs = ()  # a copy has other parameters
+
+
+_Projector.__name__ = WeightRescaler.__name__  # which is what messages about its state dict are about

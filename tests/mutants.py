@@ -23,6 +23,8 @@ from unittest import mock
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 PATCHING = threading.Lock()
+TRIPLES = re.compile(r"(#define FASTWRS_DTYPE_TRIPLES\(X\)).*?\n(?=\n)", re.DOTALL)
+FEW = (("float",) * 3, ("double",) * 3, ("bfloat16", "bfloat16", "float"))
 LOADED, PASSED = "the extension under test is loaded", "all tests passed"
 
 
@@ -243,8 +245,16 @@ def setup_module(folder: Path) -> ModuleType:
 
 
 def copy_of_the_package(folder: Path) -> Path:
-    """What a build needs, in a folder: csrc and setup.py, and fastwrs in lib, where the extension comes to lie."""
+    """What a build needs, in a folder: csrc and setup.py, and fastwrs in lib, where the extension comes to lie.
+
+    Its steps take the triples of dtypes in FEW alone, which is twice as quick to compile.
+    """
     shutil.copytree(ROOT / "csrc", folder / "csrc")
+    dtypes = folder / "csrc/core/dtypes.h"
+    few = " ".join(f"X({', '.join(triple)})" for triple in FEW)
+    text, count = TRIPLES.subn(rf"\1 {few}\n", dtypes.read_text(encoding="utf-8"))
+    assert count == 1
+    dtypes.write_text(text, encoding="utf-8")
     shutil.copytree(ROOT / "fastwrs", folder / "lib/fastwrs", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy2(ROOT / "setup.py", folder)
     return folder
@@ -345,7 +355,9 @@ def face_the_tests() -> None:
         tests += [(test_cpu.test_rescale_op, (dtype,)), (test_cpu.test_channel_norms_op, (dtype,))]
         tests += [(test_cpu.test_norms_after_a_rescale, (28_672, axis, dtype)) for axis in ("out", "tensor", (0,))]
     # each seventh first, so that a fault that few cases see does not wait for the end of the list
-    steps = [(test_cpu.test_step, (case,)) for first in range(7) for case in CASES[first::7]]
+    few = {tuple({"float": "float32", "double": "float64"}.get(name, name) for name in triple) for triple in FEW}
+    cases = [case for case in CASES if case.dtypes in few]
+    steps = [(test_cpu.test_step, (case,)) for first in range(7) for case in cases[first::7]]
     tests = steps[:50] + tests + steps[50:]
     with one_thread():
         for test, arguments in tests:

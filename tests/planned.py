@@ -7,10 +7,11 @@ import mmap
 from collections.abc import Sequence
 from typing import Any
 
-import lists
 import torch
 from cases import DTYPES, PROJECTIONS, Case, mask_of
 from torch import Tensor
+
+from fastwrs.benchmark import lists
 
 
 def step_over(name: str, option: str, axis: Any) -> tuple[Case, tuple[Any, ...]]:

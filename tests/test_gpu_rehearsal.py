@@ -18,12 +18,13 @@ import gpu
 import gpu_parts
 import gpu_record
 import gpu_reduced
-import gpu_sides
-import lists
 import on_gpu
 import pytest
 import torch
 from cases import CASES, select
+
+import fastwrs
+from fastwrs.benchmark import lists, sides
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -212,23 +213,23 @@ def test_all_sides_pass_their_check_and_one_that_is_wrong_is_not_reported(
 ) -> None:
     key, setup = "resnet50/float32/AdamW/main", gpu.Setup("cpu", ["cpu"], 2)
     found = list(gpu.compare(gpu.COMPARISONS[key], setup, gpu.HostClock()))
-    sides = [line["side"] for line in found]
+    names = [line["side"] for line in found]
     assert {line["kind"] for line in found} == {"copy", "step"}
-    assert len(sides) == len(set(sides)) == 10
+    assert len(names) == len(set(names)) == 10
     # Not compiled in earnest, which would take longer than all of this.
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     compiled = list(gpu.compare(gpu.Comparison("vit_l", "bfloat16", "AdamW", "compiled"), setup, gpu.HostClock()))
     assert [line["kind"] for line in compiled] == ["copy", "step", "step", "step"]
 
-    real = gpu_sides.ours
+    real = sides.ours
 
-    def lazy(backend: str, axis: str | None) -> gpu_sides.Side:
+    def lazy(backend: str, axis: str | None) -> sides.Side:
         """Rescales only in the third step: everything else about it is right."""
         side = real(backend, axis)
-        rescale = gpu_sides.fastwrs.Rescale(start=3) if axis else None
-        return replace(side, make=lambda work: gpu_sides._fastwrs(work, backend, rescale))
+        rescale = fastwrs.Rescale(start=3) if axis else None
+        return replace(side, make=lambda work: sides._fastwrs(work, backend, rescale))
 
-    monkeypatch.setattr(gpu_sides, "ours", lazy)
+    monkeypatch.setattr(sides, "ours", lazy)
     out = tmp_path / "gpu.jsonl"
     monkeypatch.setitem(gpu.PARTS, "billion", [gpu.COMPARISONS[key]])
     assert rehearse(out, "--part", "billion") == 1
@@ -255,14 +256,18 @@ sys.exit(gpu.main(["--rehearse", "--out", sys.argv[1], "--part", "billion"]))
     assert {side for side, ratio in ratios.items() if ratio is not None} == triton
     said = gpu_record.summary(gpu_record.read(out))
     assert re.search(r"Triton / our CUDA kernel: [\d.]+, (met|MISSED) \(goal: <= 1.1\)", said)
+    assert gpu.main(["--summary", str(out), "--plot", str(tmp_path / "roofline.png")]) == 0
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    ((title, panel),) = gpu.panels(gpu_record.read(out)).items()
+    assert title == "billion/float32/AdamW/main" and set(panel.bars) == set(ratios) and panel.copy > 0
 
 
 def test_sides_that_do_not_fit_into_memory_together_are_measured_apart() -> None:
-    sides = [gpu_sides.Side(name, lambda work: work.params.clear) for name in "fabcd"]
+    contenders = [sides.Side(name, lambda work: work.params.clear) for name in "fabcd"]
     sizes = dict.fromkeys("fabcd", 10.0) | {"b": 30.0}
-    parts = [[side.name for side in chunk] for chunk in gpu.chunks(sides, sizes, 35.0)]
+    parts = [[side.name for side in chunk] for chunk in gpu.chunks(contenders, sizes, 35.0)]
     assert parts == [["f", "a"], ["f", "b"], ["f", "c", "d"]]
-    assert [len(chunk) for chunk in gpu.chunks(sides[:1], sizes, 35.0)] == [1]
+    assert [len(chunk) for chunk in gpu.chunks(contenders[:1], sizes, 35.0)] == [1]
 
 
 def test_launches_and_single_steps_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

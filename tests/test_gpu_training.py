@@ -12,13 +12,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import lists
 import on_gpu
 import pytest
 import tolerances
 import torch
 from calls import bits, one_thread, same
-from lists import NORM, PLAIN, WEIGHT, Param
 from on_gpu import context, gpu, kernels  # noqa: F401 (fixtures)
 from parity import gradients
 from tolerances import NORM_BOUND, norm_deviation
@@ -26,6 +24,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fastwrs
+from fastwrs.benchmark import lists
+from fastwrs.benchmark.lists import NORM, PLAIN, WEIGHT, Param
 from fastwrs.spec import MEASURED
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("context", "kernels")]

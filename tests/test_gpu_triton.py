@@ -12,7 +12,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import lists
 import on_gpu
 import pytest
 import torch
@@ -38,6 +37,7 @@ from torch import Tensor, nn
 
 import fastwrs
 from fastwrs import dispatch
+from fastwrs.benchmark import lists
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("context")]
 

@@ -51,13 +51,14 @@ ONLY = {
     "fastwrs.analysis": ("fastwrs.options",),
 }
 # What a module may import beyond torch, when it is used: an extra. test_house.py sees that `import fastwrs` does not.
-EXTRAS = {"fastwrs.analysis": {"scipy"}}
+EXTRAS = {"fastwrs.analysis": {"scipy"}, "fastwrs.benchmark.plot": {"matplotlib"}}
 THROUGH_TRITON = ("fastwrs.triton_kernels", "fastwrs.backends.triton", "fastwrs.backends.triton_available")
 # Modules that only the listed ones may import.
 ONLY_BY = {
     # fastwrs.__main__ imports the function backends(), which looks the same here.
     "fastwrs.backends": ("fastwrs.dispatch", "fastwrs.backends", "fastwrs.__main__"),
     "fastwrs.triton_kernels": (*THROUGH_TRITON, "tests", "bench"),
+    "fastwrs.benchmark": ("fastwrs.benchmark", "fastwrs.__main__", "tests", "bench"),
     "tests": ("tests",),
     "bench": ("bench", "tests"),
     "examples": ("examples", "tests"),

@@ -380,6 +380,10 @@ def test_bad_arguments() -> None:
     for wrong in (optimizer.state_dict(), fastwrs.SGD(model.parameters(), lr=0.1).state_dict(), {"state": {}}, none, 3):
         with pytest.raises((ValueError, KeyError, TypeError), match="state"):
             rescaler.load_state_dict(wrong)
+    with pytest.raises(ValueError, match="it is not that of WeightRescaler"):
+        rescaler.load_state_dict(fastwrs.AdamP(matrices(model), rescale=Rescale()).state_dict())
+    with pytest.raises(TypeError, match="shallow copy would rescale the same optimizer once more"):
+        copy.copy(rescaler)
     rescaler.remove()
     for bad, message in ((3, "params must be tensors, got int"), ([], "params is empty")):
         with pytest.raises((TypeError, ValueError), match=message):
@@ -394,3 +398,11 @@ def test_bad_arguments() -> None:
         WeightRescaler(torch.optim.SGD([matrices(model)[0], flat], lr=0.1), Rescale())
     with pytest.raises(ValueError, match=r"dtype torch.float8_e4m3fn is not supported"):
         WeightRescaler(torch.optim.SGD([nn.Parameter(torch.ones(2, 2).to(torch.float8_e4m3fn))]), Rescale())
+
+
+@pytest.mark.parametrize("call", [fastwrs.rescale_, fastwrs.channel_norms])
+def test_what_is_no_tensor_or_has_no_shape_yet(call: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=r": tensors must be a tensor or several, got NoneType"):
+        call(None)
+    with pytest.raises(ValueError, match=r": tensors\[1\] has no shape yet: run the model once before"):
+        call([torch.ones(2, 2), nn.LazyLinear(3).weight])

@@ -9,12 +9,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import lists
 import pytest
 import torch
 
 import fastwrs
 from fastwrs import dispatch, library
+from fastwrs.benchmark import lists
 
 pytestmark = pytest.mark.triton_compiled
 TRITON: Any = dispatch._MODULES["triton"]

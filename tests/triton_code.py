@@ -108,14 +108,16 @@ def every_kernel() -> list[Kernel]:
     return list(kernels.values())
 
 
-def usual_kernels() -> list[Kernel]:
-    """For CI: of the rules that look first those of two triples of dtypes, of the others three.
+def usual_kernels(target: str) -> list[Kernel]:
+    """For CI: of the rules that look first those of two triples of dtypes, of the others three; for AMD fp32 alone.
 
     To `project` the number of states is only a distance between addresses: one is enough. What a strided tensor takes
     is measured in fp32 alone.
     """
     looking = [("float32", "float32", "float32"), ("bfloat16", "bfloat16", "float32")]
     others = [*looking, ("float64",) * 3]
+    if target.startswith("gfx"):
+        looking = others = looking[:1]
     kernels = [kernel for kernel in every_kernel() if kernel.dtypes in (looking if kernel.looks else others)]
     kernels = [k for k in kernels if not (k.measure and k.walk) or k.dtypes == looking[0]]
     return [kernel for kernel in kernels if kernel.kind != "project" or kernel.slots == 1]

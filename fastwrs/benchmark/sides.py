@@ -1,4 +1,4 @@
-"""What is measured on a GPU: fastwrs with each backend, and what people use today, all on parameters alike.
+"""What takes turns: fastwrs with each backend, and what people use today, all on parameters alike.
 
 A side makes its optimizer on a ``Work``: parameters and gradients that any side makes the same, from seeds. After two
 steps it has to have the weights that the oracle has, or nothing is reported: a fast step that is wrong is no figure.
@@ -9,19 +9,19 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from lists import NORM, PLAIN, WEIGHT, Param
 from torch import Tensor, nn
 
 import fastwrs
 from fastwrs import reference
+from fastwrs.benchmark.lists import NORM, PLAIN, WEIGHT, Param
+from fastwrs.benchmark.turns import Step
 from fastwrs.spec import RULES
-
-Step = Callable[[], object]
 
 LR = 2e-2  # large, so that a step that does not happen shows in bf16 too
 OPTIONS: dict[str, dict[str, Any]] = {"AdamW": {"lr": LR}, "SGD": {"lr": LR, "momentum": 0.9}}
@@ -121,6 +121,11 @@ class Side:
     precisions: tuple[str, ...] = tuple(PRECISIONS)
     rules: tuple[str, ...] = tuple(OPTIONS)
 
+    @property
+    def ours(self) -> bool:
+        """Whether there is nothing to report where this side is wrong: ours, and what all are compared with."""
+        return self.name.startswith(("fastwrs ", "torch fused")) and " + " not in self.name
+
     def fits(self, rule: str, precision: str, channels_last: bool = False) -> bool:
         """Whether it exists for a rule, a precision and a layout."""
         return rule in self.rules and precision in self.precisions and (self.any_layout or not channels_last)
@@ -172,8 +177,8 @@ def _torch(work: Work, **options: bool) -> Step:
 
 
 def _fused(work: Work) -> Step:
-    # In a rehearsal: torch 2.13's fused SGD for the CPU gives wrong weights in bf16, which the check below found.
-    wrong = work.rule == "SGD" and not work.params[0].is_cuda
+    # Torch 2.13's fused SGD for the CPU gives wrong weights in bf16, which the check below found.
+    wrong = work.rule == "SGD" and not work.params[0].is_cuda and work.params[0].dtype != torch.float32
     return _torch(work, foreach=True) if wrong else _torch(work, fused=True)
 
 
@@ -206,15 +211,17 @@ def _foreach(weights: list[Tensor]) -> None:
     torch._foreach_div_(weights, quotients)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def and_then(rescale: Callable[[list[Tensor]], object]) -> Callable[[Work], Step]:
-    """A step of torch's fused optimizer, then ``rescale`` on the weights."""
+def and_then(
+    rescale: Callable[[list[Tensor]], object], first: Callable[[Work], Step] = _fused
+) -> Callable[[Work], Step]:
+    """A step of another optimizer, torch's fused one by default, then ``rescale`` on the weights."""
 
     def make(work: Work) -> Step:
-        fused, weights = _fused(work), [weight.detach() for weight in work.of(WEIGHT)]
+        update, weights = first(work), [weight.detach() for weight in work.of(WEIGHT)]
 
         @torch.no_grad()
         def step() -> None:
-            fused()
+            update()
             rescale(weights)
 
         return step
@@ -222,18 +229,42 @@ def and_then(rescale: Callable[[list[Tensor]], object]) -> Callable[[Work], Step
     return make
 
 
-def _compiled(work: Work) -> Step:
+def _compiled(work: Work, compiler: str | None = None) -> Step:
     torch._dynamo.reset()  # what was compiled for another list, and its counts of recompilations
-    compiler = "inductor" if work.params[0].is_cuda else "eager"
+    compiler = compiler or ("inductor" if work.params[0].is_cuda else "eager")  # in a rehearsal
     return and_then(torch.compile(_divided, backend=compiler, dynamic=False, fullgraph=True))(work)
+
+
+def _compiled_optimizer(work: Work) -> Step:
+    torch._dynamo.reset()
+    return torch.compile(_torch(work, foreach=True), backend="inductor", fullgraph=False)
 
 
 def _from_package(package: str, name: str, **options: object) -> Callable[[Work], Step]:
     def make(work: Work) -> Step:
-        kind = getattr(importlib.import_module(package), name)
-        return kind(work.params, lr=OPTIONS[work.rule]["lr"], weight_decay=DECAY, **options).step
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what packages say of themselves when they are imported
+            kind = getattr(importlib.import_module(package), name)
+            return kind(work.params, lr=OPTIONS[work.rule]["lr"], weight_decay=DECAY, **options).step
 
     return make
+
+
+def _others(package: str, adamw: str | None, sgd: str | None, **momentum: object) -> tuple[Side, ...]:
+    """Optimizers of a package that take the place of AdamW and of SGD with momentum. They are other algorithms."""
+    found = [("AdamW", adamw, {}), ("SGD", sgd, momentum or {"momentum": 0.9})]
+    return tuple(
+        Side(f"{package} {name}", _from_package(package, name, **more), rules=(rule,), formula=False, spare=3)
+        for rule, name, more in found
+        if name
+    )
+
+
+def followed(side: Side, word: str, rescale: Callable[[list[Tensor]], object]) -> Side:
+    """A side with a rescaling loop after its step."""
+    return replace(
+        side, name=f"{side.name} + {word}", make=and_then(rescale, side.make), axis="out", spare=side.spare + 1
+    )
 
 
 FUSED = Side("torch fused", _fused)
@@ -249,16 +280,20 @@ LOOPS = (
 )  # fmt: skip
 COMPILED = Side("torch fused + compiled loop", _compiled, "out", precisions=TORCH_ONLY)
 _OTHERS = {
-    "optimi": (
-        Side("optimi AdamW", _from_package("optimi", "AdamW"), rules=("AdamW",), formula=False),
-        Side("optimi SGD", _from_package("optimi", "SGD", momentum=0.9), rules=("SGD",), formula=False),
-    ),
+    "optimi": _others("optimi", "AdamW", "SGD"),
     "timm": (
         Side("timm LAMB", _from_package("timm.optim", "Lamb"), rules=("AdamW",), formula=False, spare=3),
-        Side("timm AdamP", _from_package("timm.optim", "AdamP"), rules=("AdamW",), formula=False),
-        Side("timm SGDP", _from_package("timm.optim", "SGDP", momentum=0.9), rules=("SGD",), formula=False),
+        *_others("timm.optim", "AdamP", "SGDP"),
     ),
-}  # fmt: skip
+    "adamp": _others("adamp", "AdamP", "SGDP"),
+    "pytorch_optimizer": _others("pytorch_optimizer", "AdamP", "SGDP"),
+    "heavyball": _others("heavyball", "AdamW", "SGD", beta=0.9),
+}
+SLOW = (
+    Side("torch for-loop", lambda work: _torch(work, foreach=False), spare=1, precisions=TORCH_ONLY),
+    Side("torch compiled", _compiled_optimizer, spare=1, precisions=TORCH_ONLY),
+)
+"""Torch's other ways, which nobody takes for speed on a GPU."""
 
 
 def sides(group: str, backends: list[str], convolutions: bool) -> list[Side]:
@@ -266,10 +301,19 @@ def sides(group: str, backends: list[str], convolutions: bool) -> list[Side]:
     wrs = [ours(backend, "out") for backend in backends]
     if group == "compiled":
         return [FUSED, *wrs, COMPILED]
-    if group == "others":
+    if group in ("others", "peers"):
         installed = [package for package in _OTHERS if importlib.util.find_spec(package)]
         ours_too = [side for backend in backends for side in looking(backend)]
-        return [FUSED, *wrs, *ours_too, *(side for package in installed for side in _OTHERS[package])]
+        others = [side for package in installed for side in _OTHERS[package]]
+        if group == "others":
+            return [FUSED, *wrs, *ours_too, *others]
+        plain = [ours(backend, None) for backend in backends]
+        alone = [FOREACH, *SLOW, *others]
+        loops = [followed(side, "in-place loop", _divided) for side in alone]
+        hand = Side(
+            "torch fused + compiled loop", lambda work: _compiled(work, "inductor"), "out", precisions=TORCH_ONLY
+        )
+        return [FUSED, *wrs, *plain, *ours_too, *LOOPS, hand, *alone, *loops]
     more = [ours(backend, axis) for backend in backends for axis in (["in"] if convolutions else []) + [None]]
     return [FUSED, *wrs, *more, FOREACH, *LOOPS]
 
@@ -279,6 +323,20 @@ def absent(backends: list[str]) -> list[str]:
     reasons = fastwrs.backends()
     missing = [f"fastwrs {name}: {reasons[name]}" for name in ("cuda", "triton") if name not in backends]
     return missing + [f"{package}: not installed" for package in _OTHERS if not importlib.util.find_spec(package)]
+
+
+def chunks(sides: list[Side], sizes: dict[str, float], capacity: float) -> Iterator[list[Side]]:
+    """Sides that fit into memory together. Torch fused is in each, as the one that the others are compared with."""
+    anchor, *others = sides
+    chunk, used, first = [anchor], sizes[anchor.name], True
+    for side in others:
+        if len(chunk) > 1 and used + sizes[side.name] > capacity:
+            yield chunk
+            chunk, used, first = [anchor], sizes[anchor.name], False
+        chunk.append(side)
+        used += sizes[side.name]
+    if len(chunk) > 1 or first:
+        yield chunk
 
 
 # ---- the check ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import nn
+
+import fastwrs
+
 Shape = tuple[int, ...]
 WEIGHT, NORM, PLAIN = "weight", "norm", "plain"
 ROLES = (WEIGHT, NORM, PLAIN)
@@ -74,9 +78,23 @@ def vgg16_bn_params() -> list[Param]:
     return params
 
 
-def vit_l_params() -> list[Param]:
-    """ViT-L/16 for 224 x 224 pixels and 1,000 classes, attention as ``nn.MultiheadAttention`` has it."""
-    width, mlp = 1024, 4096
+def wrn_28_10_params() -> list[Param]:
+    """WRN-28-10 for 10 classes and pictures of 32 x 32 pixels."""
+    params = [Param((16, 3, 3, 3), WEIGHT)]
+    inputs = 16
+    for width in (160, 320, 640):
+        for block in range(4):
+            for channels in (inputs, width):
+                params += [*[Param((channels,), NORM)] * 2, Param((width, channels, 3, 3), WEIGHT)]
+            if block == 0:  # the projection on the shortcut
+                params.append(Param((width, inputs, 1, 1), WEIGHT))
+            inputs = width
+    return [*params, *[Param((inputs,), NORM)] * 2, Param((10, inputs), WEIGHT), Param((10,), PLAIN)]
+
+
+def vit_params(width: int, layers: int) -> list[Param]:
+    """A ViT/16 for 224 x 224 pixels and 1,000 classes, attention as ``nn.MultiheadAttention`` has it."""
+    mlp = 4 * width
     norm = [Param((width,), NORM)] * 2
 
     def linear(rows: int, columns: int) -> list[Param]:
@@ -85,7 +103,7 @@ def vit_l_params() -> list[Param]:
     block = [*norm, *linear(3 * width, width), *linear(width, width), *norm, *linear(mlp, width), *linear(width, mlp)]
     stem = [Param((width, 3, 16, 16), WEIGHT), Param((width,), PLAIN)]
     tokens = [Param((1, 1, width), PLAIN), Param((1, 197, width), PLAIN)]
-    return [*stem, *tokens, *block * 24, *norm, *linear(1000, width)]
+    return [*stem, *tokens, *block * layers, *norm, *linear(1000, width)]
 
 
 def llama_params(width: int, mlp: int, layers: int, kv: int) -> list[Param]:
@@ -114,13 +132,24 @@ def billion_params() -> list[Param]:
 LISTS: dict[str, ParamList] = {
     "resnet50": ParamList(resnet50_params, 161, 25_557_032, convolutions=True),
     "vgg16_bn": ParamList(vgg16_bn_params, 58, 138_365_992, convolutions=True),
-    "vit_l": ParamList(vit_l_params, 296, 304_326_632),
+    "wrn_28_10": ParamList(wrn_28_10_params, 80, 36_479_194, convolutions=True),
+    "vit_s": ParamList(lambda: vit_params(384, 12), 152, 22_050_664),
+    "vit_l": ParamList(lambda: vit_params(1024, 24), 296, 304_326_632),
     "llama_1b": ParamList(lambda: llama_params(2048, 8192, 16, 512), 146, 1_235_814_400),
     "llama_3b": ParamList(lambda: llama_params(3072, 8192, 28, 1024), 254, 3_212_749_824),
     "tiny": ParamList(tiny_params, 2000, 256_102),
     "billion": ParamList(billion_params, 16, 1_000_013_824),
 }
 """All lists by name."""
+
+
+def of_model(model: nn.Module) -> list[Param]:
+    """The parameters of a model, with the roles that ``fastwrs.param_groups`` gives them."""
+    roles = {}
+    for group in fastwrs.param_groups(model, weight_decay=1.0):
+        role = WEIGHT if group["rescale"] is not None else NORM if group["weight_decay"] else PLAIN
+        roles |= {id(param): role for param in group["params"]}
+    return [Param(tuple(param.shape), roles[id(param)]) for param in model.parameters()]
 
 
 def resnet50() -> list[Shape]:

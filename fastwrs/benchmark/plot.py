@@ -1,0 +1,39 @@
+"""Bars of bytes per second beside those of a copy of memory, which is the roof: steps do little but move memory."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Panel(NamedTuple):
+    """Bars by the names of their sides, in GB/s, and the speed of a copy in the same turns."""
+
+    bars: Mapping[str, float]
+    copy: float
+
+
+def why_not() -> str | None:
+    """Why nothing can be drawn, or None."""
+    return None if importlib.util.find_spec("matplotlib") else "no plot: matplotlib is not installed"
+
+
+def draw(panels: Mapping[str, Panel], path: Path) -> None:
+    """Writes a picture with a panel for each title."""
+    # not pyplot, which would choose a display
+    drawing = importlib.import_module("matplotlib.figure").Figure
+    heights = [len(panel.bars) + 2.0 for panel in panels.values()]
+    figure = drawing(figsize=(8, 0.3 * sum(heights) + 0.5), layout="constrained")
+    axes = figure.subplots(len(panels), squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for ax, (title, panel) in zip(axes, panels.items(), strict=True):
+        names = list(panel.bars)[::-1]
+        colours = ["tab:blue" if name.startswith("fastwrs") else "tab:gray" for name in names]
+        ax.barh(names, [panel.bars[name] for name in names], color=colours)
+        ax.axvline(panel.copy, color="black", linestyle="--", label="copy of memory")
+        ax.set_title(title)
+        ax.set_xlabel("bytes that a step cannot do without over its time, GB/s")
+        ax.legend(loc="lower right")
+    figure.savefig(path, dpi=120)

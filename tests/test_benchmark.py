@@ -1,0 +1,159 @@
+"""``python -m fastwrs bench`` and bench/compare.py: what they say, and that they refuse to report what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import compare
+import pytest
+import torch
+from torch import nn
+
+import fastwrs
+from fastwrs import __main__, library
+from fastwrs.benchmark import command, lists, measure, sides, turns
+from fastwrs.benchmark.lists import NORM, PLAIN, WEIGHT, Param
+
+pytestmark = pytest.mark.cpu
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [Param((16, 3, 3, 3), WEIGHT), Param((16,), NORM), Param((10, 16), WEIGHT), Param((10,), PLAIN)]
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(16, 10))
+
+
+def bench(*options: str) -> int:
+    return __main__.main(["bench", "--rounds", "3", *options])
+
+
+def test_a_model_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_networks.py").write_text("from test_benchmark import network\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    plot, record = tmp_path / "plot.png", tmp_path / "record.jsonl"
+    assert bench("--model", "my_networks:network", "--plot", str(plot), "--record", str(record)) == 0
+    said = capsys.readouterr().out
+    assert "my_networks:network: 5 tensors, 634 parameters, of which 592 are rescaled; AdamW, float32, cpu" in said
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    names = [line["side"] for line in lines]
+    assert names[0] == "torch fused" and {"fastwrs cpu WRS", "fastwrs cpu WRS(IC)", "fastwrs cpu plain"} < set(names)
+    assert {"torch foreach", "torch fused + loop", "torch fused + in-place loop", "torch fused + foreach"} < set(names)
+    for line in lines:
+        assert line["to_fused"]["low"] <= line["to_fused"]["median"] <= line["to_fused"]["high"]
+        assert min(line["seconds"], line["gb_per_s"], line["share_of_copy"], line["host_seconds"]) > 0
+        assert f"{1e3 * line['seconds']:.3f}" in said and line["torch"] == torch.__version__
+    assert lines[0]["to_fused"]["median"] == 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert not [change.verdict for change in compare.of_records(record, record) if change.verdict]
+
+
+def test_roles_are_those_of_param_groups() -> None:
+    roles = [param.role for param in lists.of_model(network())]
+    assert roles == [WEIGHT, NORM, NORM, WEIGHT, PLAIN]
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("no_such_network", "torchvision is not installed, timm is not installed; package.module:function"),
+        ("no_such_module:make", "--model no_such_module:make: ModuleNotFoundError"),
+        ("math:pi", "--model math:pi: TypeError"),
+        ("builtins:list", "--model builtins:list: it is list, neither a model nor its parameters"),
+    ],
+)
+def test_models_that_are_not_there(
+    model: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda _: None)
+    assert bench("--model", model) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_nothing_is_reported_of_a_step_that_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = sides.ours
+
+    def late(backend: str, axis: str | None) -> sides.Side:
+        """Rescales only in the third step: everything else about it is right."""
+        rescale = fastwrs.Rescale(start=3) if axis else None
+        return replace(real(backend, axis), make=lambda work: sides._fastwrs(work, backend, rescale))
+
+    monkeypatch.setattr(sides, "ours", late)
+    monkeypatch.setattr(command, "parameters", lambda _: SMALL)
+    assert bench() == 1
+    said = capsys.readouterr()
+    assert said.out == "" and "nothing to report: fastwrs cpu WRS: parameter 0 is off by" in said.err
+
+
+def test_another_packages_failure_is_a_line() -> None:
+    def fails(work: sides.Work) -> turns.Step:
+        raise OSError(f"no {work.rule} today")
+
+    found = list(measure.compare(SMALL, "SGD", [sides.FUSED, sides.Side("other", fails)], rounds=3))
+    assert found[0] == "other: OSError: no SGD today"
+    assert isinstance(found[1], measure.Figures) and found[1].side == "torch fused" and len(found) == 2
+
+
+def test_turns() -> None:
+    said: list[str] = []
+    times = turns.in_turns({name: lambda name=name: said.append(name) for name in "abc"}, rounds=4)
+    assert [said[k : k + 3] for k in range(0, 21, 3)] == [
+        list(turn) for turn in ("abc", "bca", "cab", "abc", "bca", "cab", "abc")
+    ]
+    assert {len(found) for found in times.values()} == {4}
+    assert len(turns.in_turns({"a": int, "b": int}, 99, seconds=0.0, least=5)["a"]) == 5
+    assert turns.Ratio.of([2.0, 4.0, 6.0], [1.0, 1.0, 2.0]) == turns.Ratio(3.0, 2.0, 4.0)
+
+
+def line(name: str, ratio: float, spread: float = 0.01, goal: str = "") -> str:
+    return json.dumps({"name": name, "ratio": ratio, "quartiles": [ratio - spread, ratio + spread], "goal": goal})
+
+
+def test_records_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    old.write_text(
+        "\n".join([line("same", 1.0), line("slow", 1.0), line("loop / ours", 1.5, goal=">= 1.50"), line("gone", 1.0)])
+    )
+    new.write_text("\n".join([line("same", 1.015), line("slow", 1.03), line("loop / ours", 1.6, goal=">= 1.50")]))
+    assert compare.main([str(old), str(new)]) == 1
+    said = capsys.readouterr().out
+    assert "slower by more than the spread: slow\n" in said and "faster" in said and "gone" not in said
+    assert compare.main([str(new), str(old)]) == 1  # what was faster has become slower
+    assert "slower by more than the spread: loop / ours\n" in capsys.readouterr().out
+    assert compare.main([str(old), str(old)]) == 0
+    new.write_text(line("other", 1.0))
+    assert compare.main([str(old), str(new)]) == 2
+    with pytest.raises(SystemExit):
+        compare.main([str(old), "no-such-revision"])
+
+
+def test_two_builds_take_turns(tmp_path: Path) -> None:
+    """Both are copies of what is installed here; one of them takes every step three times."""
+    assert library.why_not() is None
+    old, new = (tmp_path / name for name in ("old", "new"))
+    for tree in (old, new):
+        shutil.copytree(ROOT / "fastwrs", tree / "fastwrs", ignore=shutil.ignore_patterns("__pycache__"))
+    base = new / "fastwrs" / "dispatch.py"
+    once = "    backend.step(call, dry_run)"
+    assert base.read_text().count(once) == 1
+    base.write_text(base.read_text().replace(once, "\n".join([once] * 3)))
+    found = list(compare.of_trees(old, new, ["tiny"], ["SGD"], rounds=5))
+    assert [change.name for change in found] == ["tiny SGD plain", "tiny SGD WRS"]
+    assert [change.verdict for change in found] == ["SLOWER", "SLOWER"]
+    assert (ROOT / "fastwrs" / "benchmark" / "sides.py").is_file()
+
+
+def test_the_module_is_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastwrs", "bench", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--model" in done.stdout and "--record" in done.stdout
