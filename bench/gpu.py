@@ -412,10 +412,10 @@ def once(key: str, name: str, setup: Setup) -> int:
 
 def panels(lines: list[Line]) -> dict[str, Panel]:
     """What is drawn of a record: the sides of each comparison."""
-    found: dict[str, Panel] = {}
+    copies = {line["comparison"]: line["gb_per_s"] for line in lines if line["kind"] == COPY}
+    found = {line["comparison"]: Panel({}, copies[line["comparison"]]) for line in record.latest(lines)}
     for line in record.latest(lines):
-        panel = found.setdefault(line["comparison"], Panel({}, line["gb_per_s"] / line["share_of_copy"]))
-        found[line["comparison"]] = Panel({**panel.bars, line["side"]: line["gb_per_s"]}, panel.copy)
+        found[line["comparison"]].bars[line["side"]] = line["gb_per_s"]
     return found
 
 

@@ -48,7 +48,8 @@ def rehearse(out: Path, *more: str) -> int:
 def test_lists_have_the_published_counts(name: str) -> None:
     params = lists.LISTS[name].params()
     counts = {"resnet50": 25_557_032, "vgg16_bn": 138_365_992, "vit_l": 304_326_632, "llama_1b": 1_235_814_400,
-              "llama_3b": 3_212_749_824, "tiny": 256_102, "billion": 1_000_013_824}  # fmt: skip
+              "llama_3b": 3_212_749_824, "tiny": 256_102, "billion": 1_000_013_824,
+              "wrn_28_10": 36_479_194, "vit_s": 22_050_664}  # fmt: skip
     assert sum(math.prod(param.shape) for param in params) == counts[name]
     assert {param.role for param in params} <= set(lists.ROLES)
     assert all(len(param.shape) >= 2 for param in params if param.role == lists.WEIGHT)

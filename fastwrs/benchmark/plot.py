@@ -12,7 +12,7 @@ from typing import NamedTuple
 class Panel(NamedTuple):
     """Bars by the names of their sides, in GB/s, and the speed of a copy in the same turns."""
 
-    bars: Mapping[str, float]
+    bars: dict[str, float]
     copy: float
 
 
