@@ -27,7 +27,7 @@ _FACTORS = MEASURED.index("rescale_factor"), MEASURED.index("shrink_factor")
 
 
 class BatchNormFollower:
-    """What :func:`follow_batchnorm` returns. A step that finds other parameters or options brings it up to date."""
+    """What :func:`fastwrs.follow_batchnorm` returns. A step that finds other parameters or options updates it."""
 
     pairs: dict[str, tuple[str, ...]]
     """The BatchNorm layers behind each layer, by their names in the model."""
@@ -156,13 +156,6 @@ def follow_batchnorm(model: nn.Module, optimizer: FusedOptimizer, pairs: Pairs |
     each step. The factors are fp32, for fp64 weights too. :func:`fastwrs.rescale_` is not followed: where a network
     is to start from rescaled weights, let the first step do it.
 
-    ::
-
-        follower = fastwrs.follow_batchnorm(model, optimizer)
-        print(follower.unpaired)  # ("fc",): the head
-        ...
-        follower.remove()
-
     Args:
         model: holds the layers (``Linear``, ``Conv*d``, ``ConvTranspose*d``) and the BatchNorm layers.
         optimizer: a fastwrs optimizer, or the wrapper that a training framework has put around one; its options may
@@ -185,6 +178,13 @@ def follow_batchnorm(model: nn.Module, optimizer: FusedOptimizer, pairs: Pairs |
             the axis has no common factor per channel: ``"in"`` with a kernel of more than one position; another
             follower has the BatchNorm. Changed options are refused in the same way by the next step, before it has
             changed anything, and so is a BatchNorm that has lost its running statistics.
+
+    Example:
+        >>> follower = fastwrs.follow_batchnorm(model, optimizer)
+        >>> follower.pairs
+        {'conv1': ('bn1',), 'layer1.0.conv1': ('layer1.0.bn1',)}
+        >>> follower.unpaired  # the head
+        ('fc',)
 
     Source: from the definition of BatchNorm (Ioffe and Szegedy, ICML 2015) and Liu et al., *Weight Rescaling*.
     """

@@ -58,7 +58,12 @@ def _why_not_unasked(name: str) -> str | None:
 
 
 def backends() -> dict[str, str | None]:
-    """All backends by name, with None if they can run here, or the reason why they cannot."""
+    """All backends by name, with None if they can run here, or the reason why they cannot.
+
+    Example:
+        >>> [name for name, why in fastwrs.backends().items() if why is None]
+        [...'reference']
+    """
     return {name: why_not(name) for name in BACKENDS}
 
 

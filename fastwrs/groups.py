@@ -35,16 +35,14 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Sorts the parameters of a model into param groups for a fastwrs optimizer. Every parameter is in exactly one.
 
-    ================================================================  ========  =======
-    parameter                                                         rescaled  decayed
-    ================================================================  ========  =======
-    weight of ``Linear``, ``Conv*d``, ``ConvTranspose*d`` with        yes       no
-    ``groups=1``, ``Conv1D`` of transformers; ``in_proj_weight`` and
-    ``q/k/v_proj_weight`` of ``MultiheadAttention``
-    all of a normalisation layer (torch's and ``norm_types``)         no        yes
-    biases, embeddings, recurrent, parametrized and complex weights,  no        no
-    the rest
-    ================================================================  ========  =======
+    ========  =======  =======================================================================================
+    rescaled  decayed  parameter
+    ========  =======  =======================================================================================
+    yes       no       weight of ``Linear``, ``Conv*d``, ``ConvTranspose*d`` with ``groups=1``, ``Conv1D`` of
+                       transformers; ``in_proj_weight`` and ``q/k/v_proj_weight`` of ``MultiheadAttention``
+    no        yes      all of a normalisation layer (torch's and ``norm_types``)
+    no        no       biases, embeddings, recurrent, parametrized and complex weights, the rest
+    ========  =======  =======================================================================================
 
     An output channel of ``ConvTranspose*d`` lies in dimension 1, so there ``"out"`` becomes every dimension but 1, and
     ``"in"`` becomes dimension 0. With ``groups > 1`` it is not rescaled, and a warning names it. A convolution with one
@@ -68,6 +66,14 @@ def param_groups(
 
     Raises:
         TypeError, ValueError: an option is not allowed; the message names it.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> for group in fastwrs.param_groups(layers, weight_decay=1e-4):
+        ...     print(group["param_names"], group["rescale"] is not None, group["weight_decay"])
+        ['0.weight'] True 0.0
+        ['1.weight', '1.bias'] False 0.0001
+        ['0.bias'] False 0.0
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")

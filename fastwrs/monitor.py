@@ -29,27 +29,18 @@ _WIDTH = len(MEASURED)
 class Monitor:
     """Measures every norm group on every ``every``-th step of an optimizer, inside the step's own kernels.
 
-    ::
-
-        monitor = fastwrs.Monitor(optimizer, every=10)
-        ...                                         # train as before
-        monitor.curve("norm_after")                 # {"conv1.weight": [(10, 1.0), (20, 1.0), ...], ...}
-        monitor.to_jsonl("norms.jsonl")
-        monitor.plot("norms.png")
-        monitor.remove()
-
     The figures of a norm group are
 
-    ===================== ==========================================================================
-    ``norm_before``       weight norm before the step
-    ``norm_updated``      after the update, before shrink and rescale
-    ``norm_after``        after the step
-    ``grad_norm``         norm of the gradient, unscaled
-    ``update_norm``       norm of the step before the learning rate (Adam: m-hat / (sqrt(v-hat) + eps))
+    ======================= ==========================================================================
+    ``norm_before``         weight norm before the step
+    ``norm_updated``        after the update, before shrink and rescale
+    ``norm_after``          after the step
+    ``grad_norm``           norm of the gradient, unscaled
+    ``update_norm``         norm of the step before the learning rate (Adam: m-hat / (sqrt(v-hat) + eps))
     ``effective_grad_norm`` ``update_norm / norm_before``
-    ``rescale_factor``    what the rescale multiplied by; 1 where there was none
-    ``shrink_factor``     what the shrink multiplied by; 1 where there was none
-    ===================== ==========================================================================
+    ``rescale_factor``      what the rescale multiplied by; 1 where there was none
+    ``shrink_factor``       what the shrink multiplied by; 1 where there was none
+    ======================= ==========================================================================
 
     in fp32, all in the units of the weights, the gradients and the steps. The groups are those of the parameter's axis.
     A tensor that is neither rescaled nor shrunk is measured by ``"out"``, one of less than two dimensions as a whole.
@@ -78,6 +69,18 @@ class Monitor:
 
     Raises:
         TypeError, ValueError: an argument is not as it must be; the message names it.
+
+    Example:
+        >>> monitor = fastwrs.Monitor(optimizer, every=4)
+        >>> for x, y in loader:
+        ...     optimizer.zero_grad()
+        ...     loss_fn(model(x), y).backward()
+        ...     optimizer.step()
+        >>> [step for step, norm in monitor.curve("norm_after")["conv1.weight"]]
+        [4, 8, 12]
+        >>> monitor.to_jsonl("norms.jsonl")
+        >>> monitor.plot("norms.png")
+        >>> monitor.remove()
 
     Source: figures of Liu et al., *Weight Rescaling*, Figs. 2a and 3; Cisneros-Velarde et al., *Optimization and
     Generalization Guarantees for Weight Normalization*, Definition 3.1 and Figs. 1 and 2.

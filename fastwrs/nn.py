@@ -52,6 +52,11 @@ def weight_standardization(
     Raises:
         TypeError, ValueError: an argument is not allowed, or the weight cannot be standardized; the message says why.
 
+    Example:
+        >>> layer = fastwrs.nn.weight_standardization(nn.Linear(16, 4))
+        >>> torch.allclose(layer.weight.std(dim=1), torch.ones(4), atol=1e-3)
+        True
+
     Source: Qiao, Wang, Liu, Shen and Yuille, *Weight Standardization*, arXiv:1903.10520, and the authors' code, where
     eps is added to the deviation. pytorch-image-models has it inside the root, of the biased variance.
     """
@@ -73,7 +78,7 @@ def weight_standardization(
 def bounded_weight_norm(module: Module, name: str = "weight", form: str = "fixed", rho: float | None = None) -> Module:
     """Normalises every output channel of a weight in the forward pass, to norms that are bounded for good.
 
-    With the trained v, and |v_i| the norm of channel i::
+    With the trained v, and ``|v_i|`` the norm of channel i::
 
         fixed:    w_i = rho * v_i / |v_i|                      rho: the mean of the channels' norms at the start
         learned:  w_i = (rho * g_i / |g|) * v_i / |v_i|        rho: the norm |g| at the start
@@ -99,9 +104,14 @@ def bounded_weight_norm(module: Module, name: str = "weight", form: str = "fixed
     Raises:
         TypeError, ValueError: an argument is not allowed, or the weight cannot be normalised; the message says why.
 
+    Example:
+        >>> layer = fastwrs.nn.bounded_weight_norm(nn.Linear(16, 4), rho=2.0)
+        >>> torch.allclose(layer.weight.norm(dim=1), torch.full((4,), 2.0))
+        True
+
     Source: Hoffer, Banner, Golan and Soudry, *Norm matters*, NeurIPS 2018. The text has the root of the mean square of
-    the norms, |V|_F / sqrt(number of channels), for rho; the authors' code has the mean, and so have we. ``"learned"``
-    is in their code only. They differ where channels start with different norms.
+    the norms, ``|V|_F / sqrt(number of channels)``, for rho; the authors' code has the mean, and so have we.
+    ``"learned"`` is in their code only. They differ where channels start with different norms.
     """
     where = "bounded_weight_norm"
     if form not in _BOUNDED_FORMS:

@@ -45,6 +45,10 @@ class Rescale:
 
     Raises:
         TypeError, ValueError: an option that is not allowed; the message names it.
+
+    Example:
+        >>> fastwrs.Rescale(every=10, axis="in")
+        Rescale(every=10, axis='in', target=1.0, start=0, stop=None)
     """
 
     every: int = 1
@@ -73,11 +77,15 @@ class Shrink:
 
     Args:
         rate: how strongly large norms are pulled down; finite and >= 0.
-        axis: the norm groups, as for :class:`Rescale`; a group that has both options needs the same axis in both.
+        axis: the norm groups, as for :class:`fastwrs.Rescale`; a group with both options needs the same axis in both.
         power: the power of the norm; finite.
 
     Raises:
         TypeError, ValueError: an option that is not allowed; the message names it.
+
+    Example:
+        >>> groups = fastwrs.param_groups(model, rescale=None, shrink=fastwrs.Shrink(rate=0.01))
+        >>> optimizer = fastwrs.SGD(groups, lr=0.1)
     """
 
     rate: float

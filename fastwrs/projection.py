@@ -33,6 +33,13 @@ def rescale_(tensors: Tensor | Iterable[Tensor], axis: Axis = "out", target: flo
         TypeError, ValueError: an option is not allowed, or a tensor cannot be rescaled; the message names its index and
             shape, and no tensor has been changed.
 
+    Example:
+        >>> weight = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+        >>> fastwrs.rescale_(weight)
+        >>> weight
+        tensor([[0.6000, 0.8000],
+                [0.0000, 1.0000]])
+
     Source: Liu et al., *Weight Rescaling*, Algorithm 1, lines 8 to 17.
     """
     target = checked_real(target, "rescale_: target")
@@ -66,6 +73,11 @@ def channel_norms(tensors: Tensor | Iterable[Tensor], axis: Axis = "out") -> lis
 
     Raises:
         TypeError, ValueError: an option is not allowed, or a tensor has no such norm; the message names its index.
+
+    Example:
+        >>> weight = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+        >>> fastwrs.channel_norms(weight), fastwrs.channel_norms(weight, axis=0)
+        ([tensor([5., 2.])], [tensor([3.0000, 4.4721])])
     """
     given = _listed(tensors, "channel_norms")
     masks = _masks(given, axis, "channel_norms")

@@ -31,13 +31,7 @@ class WeightRescaler:
 
     The norms and the projection of all parameters are one pass over memory (8 bytes per fp32 parameter). It is for
     Muon, Adafactor, optimizers of your own and whatever else is a ``torch.optim.Optimizer``; those of fastwrs rescale
-    in the pass of their update, which is cheaper. ::
-
-        optimizer = torch.optim.Muon(matrices, lr=0.02)
-        rescaler = fastwrs.WeightRescaler(optimizer, fastwrs.Rescale(every=4))
-        for x, y in loader:
-            ...
-            optimizer.step()  # and every fourth time the norms are set
+    in the pass of their update, which is cheaper.
 
     After a step of the optimizer each of its parameters that has a gradient then takes a step of the rescaler, which
     counts them by itself, parameter by parameter and from 1: ``every``, ``start`` and ``stop`` mean these counts, which
@@ -61,6 +55,14 @@ class WeightRescaler:
 
     Raises:
         TypeError, ValueError: an argument is not allowed, or a parameter does not have the axis; the message names it.
+
+    Example:
+        >>> optimizer = torch.optim.Muon([model.fc.weight], lr=0.02)
+        >>> rescaler = fastwrs.WeightRescaler(optimizer, fastwrs.Rescale(every=4))
+        >>> for x, y in loader:
+        ...     optimizer.zero_grad()
+        ...     loss_fn(model(x), y).backward()
+        ...     optimizer.step()  # and every fourth time the norms are set
 
     Source: Liu et al., *Weight Rescaling*, Algorithm 1, lines 8 to 17.
     """

@@ -23,15 +23,6 @@ class WeightDecayWindow:
     is one count for the whole optimizer: :meth:`step` is called once after each step of the optimizer, as that of a
     scheduler. In a training of 200 epochs with n steps each, "decay in the first 60 epochs" is ``stop=60 * n + 1``.
 
-    ::
-
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-        window = fastwrs.WeightDecayWindow(optimizer, stop=60 * len(loader) + 1)
-        for x, y in loader:
-            ...
-            optimizer.step()
-            window.step()
-
     It sets ``group["weight_decay"]`` of every param group, to the group's own value while the window is open and to 0
     otherwise. A group's own value is what it had when the window first saw it: when the window was made, or for a group
     that came later, before the step that followed. It is kept in ``group["initial_weight_decay"]``, as schedulers keep
@@ -48,6 +39,15 @@ class WeightDecayWindow:
 
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
+
+    Example:
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        >>> window = fastwrs.WeightDecayWindow(optimizer, stop=60 * len(loader) + 1)
+        >>> for x, y in loader:
+        ...     optimizer.zero_grad()
+        ...     loss_fn(model(x), y).backward()
+        ...     optimizer.step()
+        ...     window.step()
 
     Source: Liu et al., *Weight Rescaling*, Figs. 1 and 6 ("WD init": weight decay in epochs 0 to 60 of 200).
     """

@@ -55,6 +55,11 @@ class Adam(FusedOptimizer):
         TypeError: ``rescale`` or ``shrink`` is of another type.
         RuntimeError: the backend that was asked for cannot run here.
 
+    Example:
+        >>> optimizer = fastwrs.Adam(fastwrs.param_groups(model, rescale=fastwrs.Rescale(axis="in")), lr=1e-3)
+        >>> loss_fn(model(x), y).backward()
+        >>> optimizer.step()
+
     Source: Kingma and Ba, *Adam*, ICLR 2015; Reddi et al., *On the Convergence of Adam and Beyond*, ICLR 2018, in the
     form of ``torch.optim.Adam`` (the maximum is taken before the bias correction); Liu et al., *Weight Rescaling*,
     Algorithm 1.
@@ -103,10 +108,16 @@ class Adam(FusedOptimizer):
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay: :class:`Adam` with ``decoupled_weight_decay=True`` and a decay of 1e-2.
+    """Adam with decoupled weight decay: :class:`fastwrs.Adam` with ``decoupled_weight_decay=True`` and a decay of 1e-2.
 
     The weights are multiplied by ``1 - lr * weight_decay`` and the decay enters no moment. All arguments but the last
-    four are those of ``torch.optim.AdamW``; formula, options and errors are those of :class:`Adam`.
+    four are those of ``torch.optim.AdamW``; formula, options and errors are those of :class:`fastwrs.Adam`.
+
+    Example:
+        >>> groups = fastwrs.param_groups(model, shrink=fastwrs.Shrink(0.01), rescale=None)
+        >>> optimizer = fastwrs.AdamW(groups, lr=1e-3)
+        >>> loss_fn(model(x), y).backward()
+        >>> optimizer.step()
 
     Source: Loshchilov and Hutter, *Decoupled Weight Decay Regularization*, ICLR 2019.
     """

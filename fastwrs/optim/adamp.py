@@ -49,6 +49,11 @@ class AdamP(FusedOptimizer):
         TypeError: ``rescale`` or ``shrink`` is of another type.
         RuntimeError: the backend that was asked for cannot run here.
 
+    Example:
+        >>> optimizer = fastwrs.AdamP(fastwrs.param_groups(model, weight_decay=1e-2), lr=1e-3, nesterov=True)
+        >>> loss_fn(model(x), y).backward()
+        >>> optimizer.step()
+
     Source: Heo et al., *AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights*, ICLR
     2021, in the form of the authors' package ``adamp`` 0.3.0.
     """

@@ -52,6 +52,12 @@ class SGD(FusedOptimizer):
         TypeError: ``rescale``, ``shrink`` or ``shifted_l2`` is of another type.
         RuntimeError: the backend that was asked for cannot run here.
 
+    Example:
+        >>> groups = fastwrs.param_groups(model, rescale=fastwrs.Rescale(every=10), weight_decay=1e-4)
+        >>> optimizer = fastwrs.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+        >>> loss_fn(model(x), y).backward()
+        >>> optimizer.step()
+
     Source: Sutskever et al., *On the importance of initialization and momentum in deep learning*, ICML 2013, in the
     form of ``torch.optim.SGD``; Liu et al., *Weight Rescaling*, Algorithm 1; arXiv 1911.05920 for the shifted L2 term.
     """
