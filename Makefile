@@ -1,4 +1,4 @@
-# make demo | figures | test | fuzz | bench | sass | triton-full | gpu | lint | format | clean        PYTHON=python3.12 make ... picks another Python (3.10 or newer)
+# make demo | figures | test | docs | fuzz | bench | sass | triton-full | gpu | lint | format | clean        PYTHON=python3.12 make ... picks another Python (3.10 or newer)
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
@@ -14,7 +14,7 @@ BUILT := $(VENV)/.built$(if $(COMPILER),,-without-compiler)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 unexport PYTHONPATH
 
-.PHONY: demo figures test fuzz bench sass triton-full gpu lint format clean help
+.PHONY: demo figures test docs fuzz bench sass triton-full gpu lint format clean help
 help:
 	@sed -n 1p Makefile
 
@@ -28,6 +28,9 @@ figures: $(BUILT)
 
 test: $(BUILT) $(VENV)/.tools
 	$(VENV)/bin/python tests/run_lanes.py
+
+docs: $(BUILT) $(VENV)/.tools
+	$(VENV)/bin/sphinx-build -E -W --keep-going -q docs build/docs
 
 # make fuzz N=20000 [SEED=...]: as many lives of optimizers, from another seed each time unless it is given.
 N := 2000
