@@ -180,13 +180,14 @@ def interpreted() -> int:
 
 OTHERS = (
     "oracle or cpu or fuzz or negative_control or emulated or emulated_control or compiled or interpreted"
-    " or triton_compiled or gpu or frameworks"
+    " or triton_compiled or gpu or frameworks or docs"
 )
 LANES = (
     Lane("lint", 60, lint),
     Lane("oracle", 60, lambda: pytest_on_two_cores("oracle")),
     Lane("cpu", 180, lambda: pytest_on_two_cores("cpu and not negative_control")),
     Lane("house", 150, lambda: pytest_on_two_cores(f"not ({OTHERS})")),
+    Lane("docs", 60, lambda: pytest_on_two_cores("docs")),
     # As on a machine that may not ask the hub of Hugging Face.
     Lane("frameworks", 180, lambda: pytest_on_two_cores("frameworks", HF_HUB_OFFLINE="1")),
     Lane("fuzz", 180, lambda: pytest_on_two_cores("fuzz")),
