@@ -131,7 +131,7 @@ def test_the_newcomers_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert run(START, names) > 5
     said = re.search(r"([\d.]+) % of the other 297 digits", capsys.readouterr().out)
     assert said is not None
-    assert float(said[1]) > 80
+    assert float(said[1]) > 70
     assert float((names["norms"] - 1).abs().max()) <= NORM_BOUND[torch.float32]
     assert (tmp_path / "checkpoint.pt").stat().st_size > 0
     assert (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")
