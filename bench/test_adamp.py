@@ -6,11 +6,7 @@ others look at the rows once and project. Without it gradients know nothing of w
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-import sys
-from types import ModuleType
 from typing import Any
 
 import adamp
@@ -20,7 +16,7 @@ import torch
 from test_step import Comparison
 
 import fastwrs
-from fastwrs.benchmark import lists
+from fastwrs.benchmark import lists, sides
 from fastwrs.benchmark.turns import Ratio, Step, timed
 
 Params = list[torch.nn.Parameter]
@@ -32,17 +28,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 BYTES = {"AdamP": 40, "SGDP": 28}
 """Per fp32 element: parameter, gradient and states, then parameter and states; 32 where SGDP projects its buffer."""
 OPEN = 1e9
-
-
-def timm(name: str) -> Any:
-    """The class of timm. Its module is imported by itself: the whole package wants torchvision."""
-    found = importlib.util.find_spec("timm")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("timm is not installed")
-    package = ModuleType("timm_optim")
-    package.__path__ = [f"{found.submodule_search_locations[0]}/optim"]
-    sys.modules["timm_optim"] = package
-    return getattr(importlib.import_module(f"timm_optim.{name.lower()}"), name)
 
 
 def ours(name: str, params: Params, axis: str | None = None, **more: Any) -> Step:
@@ -61,7 +46,7 @@ def theirs(whose: str, name: str, params: Params, **more: Any) -> Step:
         return ours("AdamW", params)
     if whose == "without":
         return ours(name, params, **more)
-    kind = timm(name) if whose == "timm's" else getattr(adamp, name)
+    kind = sides.timm_optimizer(name) if whose == "timm's" else getattr(adamp, name)
     return kind(params, **OPTIONS[name], **more).step
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import compare
 import pytest
@@ -63,7 +64,7 @@ def test_roles_are_those_of_param_groups() -> None:
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("no_such_network", "torchvision is not installed, timm is not installed; package.module:function"),
+        ("no_such", "--model no_such: torchvision is not installed, timm is not installed; package.module:function"),
         ("no_such_module:make", "--model no_such_module:make: ModuleNotFoundError"),
         ("math:pi", "--model math:pi: TypeError"),
         ("builtins:list", "--model builtins:list: it is list, neither a model nor its parameters"),
@@ -75,6 +76,26 @@ def test_models_that_are_not_there(
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda _: None)
     assert bench("--model", model) == 1
     assert says in capsys.readouterr().err
+
+
+def test_a_name_is_looked_up_in_torchvision_and_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is installed, and what the parameters are where neither is."""
+    made: list[str] = []
+
+    def fake(name: str) -> nn.Module:
+        made.append(name)
+        if name == "small":
+            return network()
+        raise RuntimeError(f"unknown model ({name})")  # as timm says it
+
+    timm = ModuleType("timm")
+    timm.create_model = fake  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: name == "timm" or None)
+    assert [param.shape for param in command.parameters("small")][:2] == [(16, 3, 3, 3), (16,)]
+    assert command.parameters("resnet50") == lists.LISTS["resnet50"].params() and made == ["small", "resnet50"]
+    with pytest.raises(ValueError, match="torchvision is not installed, timm has none of this name"):
+        command.parameters("huge")
 
 
 def test_nothing_is_reported_of_a_step_that_is_wrong(

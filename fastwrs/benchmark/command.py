@@ -28,14 +28,13 @@ from fastwrs.benchmark.sides import OPTIONS, PRECISIONS, bytes_per_element, side
 
 DEFAULT_LIST = "resnet50"
 SECONDS = 40.0
-SHOWN = 12  # models that are named when one is not known
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
-        "--model", help="name of a model of torchvision or timm, or package.module:function that returns a model or "
-        f"its parameters (default: the parameters of {DEFAULT_LIST}, which are built in)",
+        "--model", help="name of a model of torchvision or timm, or package.module:function that returns one, or its "
+        f"parameters. Built in: the parameters of {', '.join(LISTS)} (default: {DEFAULT_LIST})",
     )  # fmt: skip
     parser.add_argument("--optimizer", choices=list(OPTIONS), default="AdamW")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
@@ -81,6 +80,8 @@ def parameters(model: str | None) -> list[Param]:
     if model is None:
         return LISTS[DEFAULT_LIST].params()
     made = _by_path(model) if ":" in model else _by_name(model)
+    if made is None:
+        return LISTS[model].params()
     if not isinstance(made, nn.Module):
         try:
             weights = [param for param in made if isinstance(param, torch.Tensor)]
@@ -107,17 +108,25 @@ def _by_path(path: str) -> Any:
         sys.path.remove("")
 
 
-def _by_name(name: str) -> nn.Module:
+def _by_name(name: str) -> nn.Module | None:
+    """The model, or None if only its parameters are known here."""
     looked = []
     for package, make in (("torchvision.models", "get_model"), ("timm", "create_model")):
         top = package.partition(".")[0]
         if importlib.util.find_spec(top) is None:
             looked.append(f"{top} is not installed")
             continue
+        try:
+            made = getattr(importlib.import_module(package), make)
+        except Exception as error:  # timm with a torchvision that was built for another torch
+            looked.append(f"{top} cannot be imported ({type(error).__name__}: {error})")
+            continue
         with contextlib.suppress(ValueError, RuntimeError), torch.device("meta"):
             # what they say of an unknown name: ValueError (torchvision), RuntimeError (timm)
-            return getattr(importlib.import_module(package), make)(name)
+            return made(name)
         looked.append(f"{top} has none of this name")
+    if name in LISTS:
+        return None
     raise ValueError(
         f"--model {name}: {', '.join(looked)}; package.module:function names a function that returns your model"
     )

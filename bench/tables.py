@@ -1,6 +1,6 @@
 """Writes the tables of docs/benchmarks.md from the record, so that no figure is copied by hand.
 
-    python bench/report.py            every table between its two markers is made anew
+    python bench/tables.py            every table between its two markers is made anew
 
 The last line of each name in bench/results/step.jsonl counts. What is around the tables is written by people.
 """
