@@ -1,4 +1,4 @@
-# make demo | figures | test | docs | fuzz | bench | sass | triton-full | gpu | lint | format | clean        PYTHON=python3.12 make ... picks another Python (3.10 or newer)
+# make demo | figures | test | docs | fuzz | bench | sass | triton-full | gpu | wheels | lint | format | clean        PYTHON=python3.12 make ... picks another Python (3.10 or newer)
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
@@ -14,7 +14,7 @@ BUILT := $(VENV)/.built$(if $(COMPILER),,-without-compiler)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 unexport PYTHONPATH
 
-.PHONY: demo figures test docs fuzz bench sass triton-full gpu lint format clean help
+.PHONY: demo figures test docs fuzz bench sass triton-full gpu wheels lint format clean help
 help:
 	@sed -n 1p Makefile
 
@@ -64,6 +64,13 @@ gpu:
 	@test -n "$(OUT)" || { echo 'make gpu OUT=folder [PART="build tests ..."] [MINUTES=9] [DONE=records] [REHEARSE=1]'; exit 1; }
 	$(PYTHON) bench/gpu_parts.py --out "$(OUT)" $(if $(PART),--part $(PART)) $(if $(MINUTES),--minutes $(MINUTES)) \
 		$(if $(DONE),--done $(DONE)) $(if $(REHEARSE),--rehearse)
+
+# sdist and wheels in dist/, tried in empty environments: make wheels [CUDA=1] [PYTHONS="3.11 3.12"] [TORCHES="2.10.0 2.13.0"]
+# [LOG=docs/wheels.log]. Needs the package index, and every Python of PYTHONS on the PATH or in pyenv.
+wheels: $(VENV)/.torch
+	$(PIP) install $(PINS) build
+	$(VENV)/bin/python tests/wheels.py $(if $(filter 1,$(CUDA)),--cuda) $(if $(PYTHONS),--pythons $(PYTHONS)) \
+		$(if $(TORCHES),--torches $(TORCHES)) $(if $(LOG),--log $(LOG))
 
 lint: $(BUILT) $(VENV)/.tools
 	$(VENV)/bin/python tests/run_lanes.py lint

@@ -131,7 +131,9 @@ def ninja_file(compiler: str, torch: Path, output: Path) -> str:
         optimise = optimise.replace("-O3", "-O2")
     if nvcc:
         link += f" -L{cuda_root(nvcc) / 'lib64'} -lcudart_static -lpthread -lrt -ldl"
-    flags = f"-std=c++17 -fPIC -fvisibility=hidden {WARNINGS} {optimise} {NUMERIC_FLAGS} {defines} {includes}"
+    # Messages name source files, and the machine that built it is nobody's concern. Where both match, the last counts.
+    shown = f"-ffile-prefix-map={root}/= -ffile-prefix-map={torch}=torch"
+    flags = f"-std=c++17 -fPIC -fvisibility=hidden {WARNINGS} {optimise} {NUMERIC_FLAGS} {defines} {shown} {includes}"
     lines = [
         "ninja_required_version = 1.3",
         "rule compile",
