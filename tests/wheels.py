@@ -42,7 +42,10 @@ class Trial:
 
 
 # Those that need nothing come first: what is installed for one stays.
-TRIALS = (Trial("check", (), ("-I", str(ROOT / "tests" / "wheel_check.py"), "WHEEL", "KIND")),)
+TRIALS = (
+    Trial("check", (), ("-I", str(ROOT / "tests" / "wheel_check.py"), "WHEEL", "KIND")),
+    Trial("bench", ("timm",), ("-I", "-m", "fastwrs", "bench", "--model", "resnet50", "--rounds", "3")),
+)
 
 
 @dataclass(frozen=True)

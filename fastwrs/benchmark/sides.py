@@ -35,6 +35,7 @@ CHECKED_STEPS = (1.0, -0.5)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3 * 2.0**-7}
 """How far a weight may be from the oracle's, relative to the largest of its group: a check for sides of other makes,
 which round in other places. How exact fastwrs is, tests/tolerances.py decides."""
+TIMM = "timm"
 CHUNK = 1 << 24
 """Elements that are checked at once: the oracle runs in fp64 and makes many copies."""
 
@@ -247,7 +248,7 @@ def _from_package(package: str, name: str, **options: object) -> Callable[[Work]
     def make(work: Work) -> Step:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what packages say of themselves when they are imported
-            kind = timm_optimizer(name) if package == "timm" else getattr(importlib.import_module(package), name)
+            kind = timm_optimizer(name) if package == TIMM else getattr(importlib.import_module(package), name)
             return kind(work.params, lr=OPTIONS[work.rule]["lr"], weight_decay=DECAY, **options).step
 
     return make
@@ -255,7 +256,7 @@ def _from_package(package: str, name: str, **options: object) -> Callable[[Work]
 
 def timm_optimizer(name: str) -> Any:
     """The class of timm. Its module is imported by itself: the whole package wants a torchvision that fits torch."""
-    found = importlib.util.find_spec("timm")
+    found = importlib.util.find_spec(TIMM)
     assert found is not None
     assert found.submodule_search_locations is not None
     package = ModuleType("timm_optim")
