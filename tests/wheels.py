@@ -217,7 +217,7 @@ def run_trial(folder: Path, python: str, torch: str, trial: Trial, wheel: Path) 
     arguments = []
     for argument in trial.arguments:
         if Path(argument).is_file():  # nothing of the tree is beside a script that runs
-            argument = shutil.copy2(argument, elsewhere)
+            argument = str(shutil.copy2(argument, elsewhere))
         arguments.append({"WHEEL": str(wheel), "KIND": kind_of(wheel)}.get(argument, str(argument)))
     try:
         print(call(trial.name, python, *arguments, cwd=elsewhere), flush=True)
