@@ -42,8 +42,9 @@ class Trial:
 
 
 # Those that need nothing come first: what is installed for one stays.
+CHECK = ("-I", "-u", "-X", "faulthandler", str(ROOT / "tests" / "wheel_check.py"), "WHEEL", "KIND")
 TRIALS = (
-    Trial("check", (), ("-I", str(ROOT / "tests" / "wheel_check.py"), "WHEEL", "KIND")),
+    Trial("check", (), CHECK),
     Trial("bench", ("timm",), ("-I", "-m", "fastwrs", "bench", "--model", "resnet50", "--rounds", "3")),
 )
 
@@ -77,7 +78,8 @@ def call(what: str, *command: str | Path, cwd: Path, **environment: str) -> str:
         raise FailedError(f"{what} took over {LIMIT_S} s") from None
     if done.returncode:
         print(done.stdout, flush=True)
-        raise FailedError(what)
+        died = f" (signal {-done.returncode})" if done.returncode < 0 else ""
+        raise FailedError(what + died)
     return done.stdout
 
 
