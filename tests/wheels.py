@@ -216,11 +216,10 @@ def run_trial(folder: Path, python: str, torch: str, trial: Trial, wheel: Path) 
         call(what, python, *INSTALL, *trial.needs, f"torch=={torch}", cwd=elsewhere)
     # No index: whatever it needs beside torch would be missing.
     call("installing the wheel", python, *INSTALL, "--no-index", wheel, cwd=elsewhere)
-    arguments = []
-    for argument in trial.arguments:
-        if Path(argument).is_file():  # nothing of the tree is beside a script that runs
-            argument = str(shutil.copy2(argument, elsewhere))
-        arguments.append({"WHEEL": str(wheel), "KIND": kind_of(wheel)}.get(argument, str(argument)))
+    meant = {"WHEEL": str(wheel), "KIND": kind_of(wheel)}
+    for script in filter(os.path.isfile, trial.arguments):  # a script is run where nothing of the tree is beside it
+        meant[script] = str(shutil.copy2(script, elsewhere))
+    arguments = [meant.get(argument, argument) for argument in trial.arguments]
     try:
         print(call(trial.name, python, *arguments, cwd=elsewhere), flush=True)
     finally:
