@@ -12,6 +12,7 @@ Exit code: 0 nothing became slower, 1 something did, 2 there is nothing to compa
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -19,14 +20,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastwrs.benchmark.lists import LISTS
 from fastwrs.benchmark.sides import OPTIONS
-from fastwrs.benchmark.turns import Ratio
+from fastwrs.benchmark.turns import Ratio, in_turns
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = """
@@ -73,10 +74,16 @@ def read(path: Path) -> dict[str, Ratio]:
         elif "ratio" in line:
             low, high = line["quartiles"]
             ratio = Ratio(line["ratio"], low, high)
-            if (line.get("goal") or "").startswith(">="):  # theirs over ours
+            if inverse(line):
                 ratio = Ratio(1 / ratio.median, 1 / ratio.high, 1 / ratio.low)
             found[line["name"]] = ratio
     return found
+
+
+def inverse(line: dict[str, Any]) -> bool:
+    """Whether the ratio of a line is theirs over ours. Where it does not say so, by the times."""
+    mine, theirs = line["ours_ms"], line["theirs_ms"]
+    return line.get("inverse", abs(theirs / mine - line["ratio"]) < abs(mine / theirs - line["ratio"]))
 
 
 def of_records(old: Path, new: Path) -> list[Change]:
@@ -96,6 +103,9 @@ def worktree(revision: str) -> Iterator[Path]:
             environment = {**os.environ, "FASTWRS_CUDA": "0", "FASTWRS_CPU": "1"}
             command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
             subprocess.run(command, cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
+            overlay = tree / "fastwrs" / "benchmark"  # an old revision has none, or another one
+            shutil.rmtree(overlay, ignore_errors=True)
+            shutil.copytree(ROOT / "fastwrs" / "benchmark", overlay)
             yield tree
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
@@ -105,9 +115,6 @@ class Worker:
     """A process that takes steps of one revision."""
 
     def __init__(self, tree: Path, name: str, rule: str, axis: str) -> None:
-        overlay = tree / "fastwrs" / "benchmark"  # an old revision has none, or another one
-        shutil.rmtree(overlay, ignore_errors=True)
-        shutil.copytree(ROOT / "fastwrs" / "benchmark", overlay)
         environment = {**os.environ, "PYTHONPATH": str(tree)}
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER, name, rule, axis],
@@ -138,22 +145,14 @@ class Worker:
 
 def of_trees(old: Path, new: Path, names: list[str], rules: list[str], rounds: int) -> Iterator[Change]:
     """Steps of two builds in turns; their ratio is that of the new one, against 1."""
-    for name in names:
+    axes = {"": "plain", "out": "WRS", "in": "WRS(IC)"}
+    for name, rule, axis in itertools.product(names, rules, axes):
+        if axis == "in" and not LISTS[name].convolutions:
+            continue
         repeat = max(1, 10**7 // LISTS[name].elements)  # a time of some milliseconds
-        for rule in rules:
-            for axis in ("", "out", "in") if LISTS[name].convolutions else ("", "out"):
-                with ExitStack() as stack:
-                    workers = [Worker(tree, name, rule, axis) for tree in (old, new)]
-                    for worker in workers:
-                        stack.callback(worker.close)
-                    times: tuple[list[float], list[float]] = ([], [])
-                    for turn in range(-3, rounds):
-                        for k in (0, 1) if turn % 2 else (1, 0):
-                            took = workers[k].seconds(repeat)
-                            if turn >= 0:
-                                times[k].append(took)
-                words = {"": "plain", "out": "WRS", "in": "WRS(IC)"}[axis]
-                yield Change(f"{name} {rule} {words}", Ratio(1.0, 1.0, 1.0), Ratio.of(times[1], times[0]))
+        with closing(Worker(old, name, rule, axis)) as one, closing(Worker(new, name, rule, axis)) as other:
+            times = in_turns({"old": one, "new": other}, rounds, repeat=repeat, clock=Worker.seconds)
+        yield Change(f"{name} {rule} {axes[axis]}", Ratio(1.0, 1.0, 1.0), Ratio.of(times["new"], times["old"]))
 
 
 def report(changes: list[Change]) -> int:

@@ -8,6 +8,7 @@ import torch
 
 import fastwrs
 from fastwrs.benchmark.lists import Shape
+from fastwrs.benchmark.sides import PRECISIONS, bytes_per_element, divided, one_after_another, replaced
 from fastwrs.benchmark.turns import Step
 
 
@@ -32,8 +33,11 @@ def groups(params: list[torch.nn.Parameter], axis: str | None) -> list[dict[str,
 
 
 OPTIONS = {"AdamW": {"lr": 1e-3}, "SGD": {"lr": 1e-3, "momentum": 0.9}}
-BYTES = {"AdamW": 28, "SGD": 20}
-"""Bytes that a step has to move per fp32 element: read parameter, gradient and states, write all but the gradient."""
+
+
+def step_bytes(rule: str, elements: int) -> int:
+    """What a step on so many fp32 elements has to move."""
+    return elements * bytes_per_element(rule, PRECISIONS["float32"])
 
 
 def ours(name: str, params: list[torch.nn.Parameter], axis: str | None = "out") -> Step:
@@ -47,31 +51,12 @@ def torch_fused(name: str, params: list[torch.nn.Parameter]) -> Step:
     return getattr(torch.optim, name)(params, fused=True, weight_decay=1e-2, **OPTIONS[name]).step
 
 
-def norms(weight: torch.Tensor) -> torch.Tensor:
-    """The norm of every channel, as a loop gets it."""
-    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True)
+def with_loop(rescale: Callable[[list[torch.Tensor]], object]) -> Callable[[str, list[torch.nn.Parameter]], Step]:
+    """A step of torch's fused optimizer, then ``rescale`` on its weights."""
+    return lambda name, params: one_after_another(
+        torch_fused(name, params), rescale, (param for param in params if param.ndim >= 2)
+    )
 
 
-def with_loop(rescale: Callable[[torch.Tensor], object]) -> Callable[[str, list[torch.nn.Parameter]], Step]:
-    """A step of torch's fused optimizer, then ``rescale`` on every weight."""
-
-    def make(name: str, params: list[torch.nn.Parameter]) -> Step:
-        fused = torch_fused(name, params)
-        weights = [p for p in params if p.ndim >= 2]
-
-        @torch.no_grad()
-        def step() -> None:
-            fused()
-            for weight in weights:
-                rescale(weight)
-
-        return step
-
-    return make
-
-
-torch_fused_and_loop = with_loop(lambda weight: weight.copy_(weight / norms(weight)))
-"""With the loop as nGPT and Algorithm 1 of the WRS paper have it: ``W = W / |W|``."""
-
-torch_fused_and_inplace_loop = with_loop(lambda weight: weight.div_(norms(weight)))
-"""With the loop of somebody who counts bytes: divided in place."""
+torch_fused_and_loop = with_loop(replaced)
+torch_fused_and_inplace_loop = with_loop(divided)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from compare import inverse
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = ROOT / "bench/results/step.jsonl", ROOT / "docs/benchmarks.md"
 MARKED = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -91,13 +93,6 @@ def ratios(lines: list[Line], pattern: str) -> str:
         ),
     )
     return table + where(mine)
-
-
-def inverse(line: Line) -> bool:
-    """Whether the first side of a ratio is the other one."""
-    return abs(line["theirs_ms"] / line["ours_ms"] - line["ratio"]) < abs(
-        line["ours_ms"] / line["theirs_ms"] - line["ratio"]
-    )
 
 
 def memory(lines: list[Line]) -> str:

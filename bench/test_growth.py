@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from pairs import step_bytes
 from test_step import Comparison
 
 from fastwrs.benchmark import memory
 from fastwrs.benchmark.lists import WEIGHT, Param, Shape
-from fastwrs.benchmark.sides import FUSED, PRECISIONS, Work, bytes_per_element, make_grads, ours
+from fastwrs.benchmark.sides import FUSED, PRECISIONS, Work, make_grads, ours
 from fastwrs.benchmark.turns import Ratio, Step, in_turns
 
 WRS = ours("cpu", "out")
@@ -41,7 +42,7 @@ def test_tensors(rule: str, count: int, record, rounds):
     times = in_turns({"ours": mine, "theirs": theirs}, rounds, repeat=max(1, 2000 // count))
     goal = 0.6 if count == 10_000 else None
     case = Comparison(f"{count:,} tensors of 4 elements, {rule}+WRS / torch fused", rule, list, target=goal)
-    size = 4 * count * bytes_per_element(rule, FP32)
+    size = step_bytes(rule, 4 * count)
     record(case, Ratio.of(times["ours"], times["theirs"]), times["ours"], times["theirs"], bytes_per_step=size)
 
 
@@ -51,7 +52,7 @@ def test_parameters(total: int, record, rounds):
     mine, theirs = both(shapes)
     times = in_turns({"ours": mine, "theirs": theirs}, rounds, repeat=max(1, 10**7 // total), seconds=60)
     case = Comparison(f"{total:.0e} parameters, AdamW+WRS / torch fused", "AdamW", list)
-    size = sum(map(math.prod, shapes)) * bytes_per_element("AdamW", FP32)
+    size = step_bytes("AdamW", sum(map(math.prod, shapes)))
     record(case, Ratio.of(times["ours"], times["theirs"]), times["ours"], times["theirs"], bytes_per_step=size)
 
 

@@ -54,4 +54,4 @@ def test_monitor(every: int, case: Comparison, benchmark, record, rounds):
     assert max(abs(norm - 1) for _, norm in norms) < 3e-7, "what was measured is wrong"
     plain_times = plain_times[-len(times) :]
     elements = sum(map(math.prod, case.shapes()))
-    record(case, Ratio.of(times, plain_times), times, plain_times, bytes_per_step=elements * pairs.BYTES[case.rule])
+    record(case, Ratio.of(times, plain_times), times, plain_times, bytes_per_step=pairs.step_bytes(case.rule, elements))

@@ -19,7 +19,7 @@ from test_step import Comparison
 from torch import Tensor
 
 import fastwrs
-from fastwrs.benchmark import lists
+from fastwrs.benchmark import lists, sides
 from fastwrs.benchmark.turns import Ratio, Step, timed
 
 BYTES = 8
@@ -40,10 +40,6 @@ def ours(params: list[torch.nn.Parameter]) -> Step:
     return optimizer.step
 
 
-def foreach_div(weights: list[Tensor]) -> None:
-    torch._foreach_div_(weights, [pairs.norms(w) for w in weights])
-
-
 def foreach_mul_of_rows(weights: list[Tensor]) -> None:
     rows = [w.view(len(w), -1) for w in weights]
     factors = [torch.linalg.vector_norm(row, dim=1, keepdim=True) for row in rows]
@@ -58,11 +54,6 @@ def foreach_squares(weights: list[Tensor]) -> None:
     torch._foreach_mul_(rows, sums)
 
 
-def one_by_one(weights: list[Tensor]) -> None:
-    for w in weights:
-        w.div_(pairs.norms(w))
-
-
 def normalize(weights: list[Tensor]) -> None:
     for w in weights:
         rows = w.view(len(w), -1)
@@ -70,17 +61,19 @@ def normalize(weights: list[Tensor]) -> None:
 
 
 Loop = Callable[[list[Tensor]], None]
-LOOPS: tuple[Loop, ...] = (foreach_div, foreach_mul_of_rows, foreach_squares, one_by_one, normalize)
+LOOPS: dict[str, Loop] = {
+    "foreach_div": sides.divided_by_foreach,
+    "foreach_mul_of_rows": foreach_mul_of_rows,
+    "foreach_squares": foreach_squares,
+    "one_by_one": sides.divided,
+    "normalize": normalize,
+}
 
 
-def comparison(loop: Loop) -> Comparison:
-    goal = GOAL if "foreach" in loop.__name__ else None
-    return Comparison(f"resnet50 WeightRescaler / {loop.__name__}", "project", lists.resnet50, target=goal)
-
-
-@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
-def test_rescaler(loop: Loop, benchmark, record, rounds):
-    case = comparison(loop)
+@pytest.mark.parametrize("name", LOOPS)
+def test_rescaler(name: str, benchmark, record, rounds):
+    goal, loop = GOAL if "foreach" in name else None, LOOPS[name]
+    case = Comparison(f"resnet50 WeightRescaler / {name}", "project", lists.resnet50, target=goal)
     mine, other = (pairs.make_params(case.shapes()) for _ in range(2))
     our_step = ours(mine)
     weights = [param.detach() for param in other if param.ndim >= 2]

@@ -99,4 +99,4 @@ def test_step(case: Comparison, benchmark, record, rounds):
     their_times = their_times[-len(our_times) :]
     ratio = Ratio.of(their_times, our_times) if case.inverse else Ratio.of(our_times, their_times)
     elements = sum(map(math.prod, case.shapes()))
-    record(case, ratio, our_times, their_times, bytes_per_step=elements * pairs.BYTES[case.rule])
+    record(case, ratio, our_times, their_times, bytes_per_step=pairs.step_bytes(case.rule, elements))

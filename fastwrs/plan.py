@@ -32,6 +32,7 @@ MAX_DIMS = 63
 """The dimensions that an axis can name: a bitmask of them is a signed 64-bit integer."""
 _USUAL = (Tensor, torch.nn.Parameter)
 _PLAIN_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
+LAZY = "has no shape yet: run the model once before"
 FLAT = (
     "a flat parameter of FSDP1, weights one behind the other without channels; use_orig_params=True keeps their shapes "
     "where nothing is sharded (ShardingStrategy.NO_SHARD)"

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from fastwrs import dispatch
 from fastwrs.options import Axis, axis_mask, checked_axis, checked_real, masked_dims
-from fastwrs.plan import PROJECTED, name_of, overlapping, overlaps_itself, why_not_dtype, why_not_plain
+from fastwrs.plan import LAZY, PROJECTED, name_of, overlapping, overlaps_itself, why_not_dtype, why_not_plain
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def _listed(tensors: Tensor | Iterable[Tensor], what: str) -> list[Tensor]:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{what}: tensors[{k}] must be a tensor, got {type(tensor).__name__}")
         if is_lazy(tensor):
-            raise ValueError(f"{what}: tensors[{k}] has no shape yet: run the model once before")
+            raise ValueError(f"{what}: tensors[{k}] {LAZY}")
         name = f"{what}: {_name(given, k)}"
         if why := why_not_plain(tensor, "it"):
             raise ValueError(f"{name}: {why}")

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from fastwrs.measuring import Scope
 from fastwrs.optim.base import FusedOptimizer
 from fastwrs.options import Rescale
-from fastwrs.plan import FLAT, is_flat, label, overlapping, why_not, why_not_dtype
+from fastwrs.plan import FLAT, LAZY, is_flat, label, overlapping, why_not, why_not_dtype
 from fastwrs.spec import RULES
 from fastwrs.wrapper import unwrapped
 
@@ -179,7 +179,7 @@ class WeightRescaler:
             if is_flat(param):
                 raise ValueError(f"WeightRescaler: {label(group, g, i)}: it is {FLAT}")
             if is_lazy(param):
-                raise ValueError(f"WeightRescaler: {label(group, g, i)} has no shape yet: run the model once before")
+                raise ValueError(f"WeightRescaler: {label(group, g, i)} {LAZY}")
         return [i for i, param in enumerate(group["params"]) if param.ndim >= 2 and param.is_floating_point()]
 
     @_disable_dynamo

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import compare
 import pytest
+import tables
 import torch
 from torch import nn
 
@@ -136,7 +137,11 @@ def test_turns() -> None:
 
 
 def line(name: str, ratio: float, spread: float = 0.01, goal: str = "") -> str:
-    return json.dumps({"name": name, "ratio": ratio, "quartiles": [ratio - spread, ratio + spread], "goal": goal})
+    quartiles = [ratio - spread, ratio + spread]
+    inverse = goal.startswith(">=")
+    return json.dumps(
+        {"name": name, "ratio": ratio, "quartiles": quartiles, "inverse": inverse, "ours_ms": 1.0, "theirs_ms": 1.0}
+    )
 
 
 def test_records_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,10 +156,40 @@ def test_records_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert compare.main([str(new), str(old)]) == 1  # what was faster has become slower
     assert "slower by more than the spread: loop / ours\n" in capsys.readouterr().out
     assert compare.main([str(old), str(old)]) == 0
+    # without a goal, too: what says so, or what the times say
+    assert compare.inverse({"ratio": 1.3, "ours_ms": 10.0, "theirs_ms": 13.1})
+    assert not compare.inverse({"ratio": 0.76, "ours_ms": 10.0, "theirs_ms": 13.1})
+    assert compare.inverse({"ratio": 0.76, "ours_ms": 10.0, "theirs_ms": 13.1, "inverse": True})
     new.write_text(line("other", 1.0))
     assert compare.main([str(old), str(new)]) == 2
     with pytest.raises(SystemExit):
         compare.main([str(old), "no-such-revision"])
+
+
+def test_the_tables_on_the_page_are_those_of_the_record() -> None:
+    """`python bench/tables.py` writes them."""
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert len(tables.MARKED.findall(page)) > 3
+    assert tables.written(page, tables.read(tables.RECORD)) == page
+
+
+def test_tables_of_sides_and_memory() -> None:
+    where = {"date": "2026-01-02T03", "cpu": "C", "isa": "i", "threads": 2, "torch": "t", "python": "p", "commit": "c"}
+    common = {"kind": "side", "list": "net", "rule": "SGD", **where}
+    figures = {"quartiles": [0.001, 0.003], "to_fused": {"median": 0.5, "low": 0.4, "high": 0.6}, "gb_per_s": 7.0}
+    figures |= {"seconds": 0.002, "share_of_copy": 0.9, "host_seconds": 0.0001}
+    lines = [
+        common | figures | {"side": "slow", "seconds": 0.004},
+        common | figures | {"side": "fastwrs cpu WRS"},
+        common | {"why": "other: OSError"},
+        common | figures | {"side": "older", "date": "2025"},
+    ]
+    memory = {**where, "kind": "memory", "list": "net", "rule": "SGD", "side": "s", "bytes_above_states": 1_500_000}
+    row = "| **fastwrs cpu WRS** | 2.00 (1.00 to 3.00) | 0.500 (0.400 to 0.600) | 7.0 | 0.90 | 0.10 |\n| slow |"
+    table = tables.sides([lines[3], *lines[:3]], "net", "SGD")
+    assert row in table
+    assert "Not measured: other: OSError" in table and "older" not in table and "commit c" in table
+    assert "| net, SGD: s | 1.50 |" in tables.memory([memory])
 
 
 def test_two_builds_take_turns(tmp_path: Path) -> None:

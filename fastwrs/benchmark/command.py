@@ -99,13 +99,10 @@ def parameters(model: str | None) -> list[Param]:
 
 def _by_path(path: str) -> Any:
     module, _, name = path.partition(":")
-    sys.path.insert(0, "")  # as for `python -m`: what lies in the current folder is found
     try:
         return getattr(importlib.import_module(module), name)()
     except Exception as error:
         raise ValueError(f"--model {path}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove("")
 
 
 def _by_name(name: str) -> nn.Module | None:

@@ -17,7 +17,6 @@ from fastwrs.benchmark.turns import Ratio, Step
 
 COPY = "copy"
 MOST_COPIED = 1 << 30  # bytes of either buffer of the copy
-FIGURES = ("seconds", "quartiles", "to_fused", "gb_per_s", "share_of_copy", "host_seconds")
 
 
 @dataclass(frozen=True)

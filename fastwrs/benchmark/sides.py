@@ -191,17 +191,19 @@ def norms(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True)
 
 
-def _replaced(weights: Iterable[Tensor]) -> None:
+def replaced(weights: Iterable[Tensor]) -> None:
+    """As nGPT and Algorithm 1 of the WRS paper have it: ``W = W / |W|``."""
     for weight in weights:
         weight.copy_(weight / norms(weight))
 
 
-def _divided(weights: Iterable[Tensor]) -> None:
+def divided(weights: Iterable[Tensor]) -> None:
+    """As somebody writes it who counts bytes: in place."""
     for weight in weights:
         weight.div_(norms(weight))
 
 
-def _by_hand(weights: list[Tensor]) -> None:
+def by_weight_norm(weights: list[Tensor]) -> None:
     """Torch's kernel for weight_norm, norm and quotient in one, on each weight; then one copy of them all."""
     ones = [torch.ones_like(weight[(slice(None), *[slice(1)] * (weight.ndim - 1))]) for weight in weights]
     pairs = zip(weights, ones, strict=True)
@@ -209,7 +211,7 @@ def _by_hand(weights: list[Tensor]) -> None:
     torch._foreach_copy_(weights, new)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _foreach(weights: list[Tensor]) -> None:
+def divided_by_foreach(weights: list[Tensor]) -> None:
     """One norm per weight, then one call for all quotients."""
     quotients = [norms(weight) for weight in weights]
     torch._foreach_div_(weights, quotients)  # pyright: ignore[reportPrivateImportUsage]
@@ -219,24 +221,25 @@ def and_then(
     rescale: Callable[[list[Tensor]], object], first: Callable[[Work], Step] = _fused
 ) -> Callable[[Work], Step]:
     """A step of another optimizer, torch's fused one by default, then ``rescale`` on the weights."""
+    return lambda work: one_after_another(first(work), rescale, work.of(WEIGHT))
 
-    def make(work: Work) -> Step:
-        update, weights = first(work), [weight.detach() for weight in work.of(WEIGHT)]
 
-        @torch.no_grad()
-        def step() -> None:
-            update()
-            rescale(weights)
+def one_after_another(update: Step, rescale: Callable[[list[Tensor]], object], params: Iterable[Tensor]) -> Step:
+    """A step, then ``rescale`` on the weights."""
+    weights = [param.detach() for param in params]
 
-        return step
+    @torch.no_grad()
+    def step() -> None:
+        update()
+        rescale(weights)
 
-    return make
+    return step
 
 
 def _compiled(work: Work, compiler: str | None = None) -> Step:
     torch._dynamo.reset()  # what was compiled for another list, and its counts of recompilations
     compiler = compiler or ("inductor" if work.params[0].is_cuda else "eager")  # in a rehearsal
-    return and_then(torch.compile(_divided, backend=compiler, dynamic=False, fullgraph=True))(work)
+    return and_then(torch.compile(divided, backend=compiler, dynamic=False, fullgraph=True))(work)
 
 
 def _compiled_optimizer(work: Work) -> Step:
@@ -287,10 +290,10 @@ FUSED = Side("torch fused", _fused)
 TORCH_ONLY = ("float32", "bfloat16")  # torch keeps states in the type of the parameter
 FOREACH = Side("torch foreach", lambda work: _torch(work, foreach=True), spare=3, precisions=TORCH_ONLY)
 LOOPS = (
-    Side("torch fused + loop", and_then(_replaced), "out", spare=1, precisions=TORCH_ONLY),
-    Side("torch fused + in-place loop", and_then(_divided), "out", precisions=TORCH_ONLY),
-    Side("torch fused + foreach", and_then(_foreach), "out", precisions=TORCH_ONLY),
-    Side("torch fused + weight_norm kernel", and_then(_by_hand), "out", any_layout=False, spare=1,
+    Side("torch fused + loop", and_then(replaced), "out", spare=1, precisions=TORCH_ONLY),
+    Side("torch fused + in-place loop", and_then(divided), "out", precisions=TORCH_ONLY),
+    Side("torch fused + foreach", and_then(divided_by_foreach), "out", precisions=TORCH_ONLY),
+    Side("torch fused + weight_norm kernel", and_then(by_weight_norm), "out", any_layout=False, spare=1,
          precisions=TORCH_ONLY),
 )  # fmt: skip
 COMPILED = Side("torch fused + compiled loop", _compiled, "out", precisions=TORCH_ONLY)
@@ -325,7 +328,7 @@ def sides(group: str, backends: list[str], convolutions: bool) -> list[Side]:
             return [FUSED, *wrs, *ours_too, *others]
         plain = [ours(backend, None) for backend in backends]
         alone = [FOREACH, *SLOW, *others]
-        loops = [followed(side, "in-place loop", _divided) for side in alone]
+        loops = [followed(side, "in-place loop", divided) for side in alone]
         hand = Side(
             "torch fused + compiled loop", lambda work: _compiled(work, "inductor"), "out", precisions=TORCH_ONLY
         )

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 Step = Callable[[], object]
 
@@ -35,11 +36,18 @@ def timed(step: Step, repeat: int = 1) -> float:
 
 
 def in_turns(
-    sides: Mapping[str, Step], rounds: int, *, repeat: int = 1, seconds: float = float("inf"), least: int = 5
+    sides: Mapping[str, Any],
+    rounds: int,
+    *,
+    repeat: int = 1,
+    seconds: float = float("inf"),
+    least: int = 5,
+    clock: Callable[[Any, int], float] = timed,
 ) -> dict[str, list[float]]:
     """Seconds per step of each side in every round (A B C, B C A, ...), after three rounds that do not count.
 
-    Ends after ``rounds`` of them, or when ``seconds`` are over and there have been ``least``.
+    ``clock`` takes ``repeat`` steps of a side and says how long one took. Ends after ``rounds`` of them, or when
+    ``seconds`` are over and there have been ``least``.
     """
     names = list(sides)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -48,7 +56,7 @@ def in_turns(
         if turn >= least and time.monotonic() - begun > seconds:
             break
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            took = timed(sides[name], repeat)
+            took = clock(sides[name], repeat)
             if turn >= 0:
                 times[name].append(took)
     return times
