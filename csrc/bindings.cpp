@@ -49,10 +49,10 @@ cpu::Threads torch_threads() {
 
 struct StepArgs {
   std::string rule;
-  std::vector<Handle> params, grads, states, steps;
+  Handles params, grads, states, steps;
   std::vector<double> hyper;
   std::vector<int64_t> groups, axes, fresh;
-  std::vector<Handle> lrs;
+  Handles lrs;
   Handle grad_scale, found_inf, measured, workspace;
   bool dry_run;
 
@@ -75,7 +75,7 @@ struct StepArgs {
 };
 
 struct ProjectArgs {
-  std::vector<Handle> tensors;
+  Handles tensors;
   std::vector<int64_t> axes;
 
   explicit ProjectArgs(StableIValue* stack)
@@ -220,6 +220,8 @@ bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& j
   job.steps.reserve(n);
   int64_t rows = 0;
   for (int64_t i = 0; i < n; ++i) {
+    for (const Handles* list : {&a.params, &a.grads, &a.steps}) list->ahead(i);
+    for (int64_t k = 0; k < slots; ++k) a.states.ahead(k * n + i);
     const Facts param = describe(a.params[i], "params", i, place), grad = describe(a.grads[i], "grads", i, place);
     check_same_shape(grad, param, "grads", i);
     memory.writes(param, "params", i);

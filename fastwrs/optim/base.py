@@ -239,8 +239,8 @@ class FusedOptimizer(Optimizer):
             return None  # skipped: nothing was written. One on a device is not looked at, which would wait for it.
         for _, call in launches:
             # The kernels write behind autograd's back; it has to be told.
-            written = call.params + call.states + call.steps
-            increment_version(written if call.grad_scale is None else written + call.grads)
+            for written in (call.params, call.states, call.steps, call.grads if call.grad_scale is not None else ()):
+                increment_version(written)
         return None
 
     def _run(self, bundle: Bundle, call: StepCall, dry_run: bool = False) -> None:
