@@ -125,6 +125,22 @@ def test_another_packages_failure_is_a_line() -> None:
     assert isinstance(found[1], measure.Figures) and found[1].side == "torch fused" and len(found) == 2
 
 
+def test_a_side_that_takes_only_its_first_step_is_not_reported() -> None:
+    """As one that takes the gradients away."""
+
+    def once(work: sides.Work) -> turns.Step:
+        optimizer = torch.optim.SGD(work.params, lr=sides.LR)
+
+        def step() -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    found = list(measure.compare(SMALL, "SGD", [sides.FUSED, sides.Side("once", once, formula=False)], rounds=3))
+    assert str(found[0]).startswith("once: parameter 0 has not moved in a step") and len(found) == 2
+
+
 def test_turns() -> None:
     said: list[str] = []
     times = turns.in_turns({name: lambda name=name: said.append(name) for name in "abc"}, rounds=4)

@@ -117,7 +117,7 @@ class Side:
     decays: tuple[str, ...] = (WEIGHT, NORM, PLAIN)
     """The roles whose parameters it decays."""
     formula: bool = True
-    """Whether its weights have to be the oracle's. Another algorithm's have to be finite, and to have moved."""
+    """Whether its weights have to be the oracle's. Another algorithm's have to be finite, and to move in every step."""
     any_layout: bool = True
     """Whether it is right for weights in channels_last too."""
     spare: float = 0.0
@@ -268,9 +268,11 @@ def timm_optimizer(name: str) -> Any:
     return getattr(importlib.import_module(f"timm_optim.{name.lower()}"), name)
 
 
-def _others(package: str, adamw: str | None, sgd: str | None, **momentum: object) -> tuple[Side, ...]:
+def _others(
+    package: str, adamw: str | None, sgd: str | None, momentum: str = "momentum", **options: object
+) -> tuple[Side, ...]:
     """Optimizers of a package that take the place of AdamW and of SGD with momentum. They are other algorithms."""
-    found = [("AdamW", adamw, {}), ("SGD", sgd, momentum or {"momentum": 0.9})]
+    found = [("AdamW", adamw, options), ("SGD", sgd, {momentum: 0.9, **options})]
     return tuple(
         Side(f"{package} {name}", _from_package(package, name, **more), rules=(rule,), formula=False, spare=3)
         for rule, name, more in found
@@ -305,7 +307,8 @@ _OTHERS = {
     ),
     "adamp": _others("adamp", "AdamP", "SGDP"),
     "pytorch_optimizer": _others("pytorch_optimizer", "AdamP", "SGDP"),
-    "heavyball": _others("heavyball", "AdamW", "SGD", beta=0.9),
+    # which else takes the gradients away, and does nothing in the next step
+    "heavyball": _others("heavyball", "AdamW", "SGD", momentum="beta", consume_grad=False),
 }
 SLOW = (
     Side("torch for-loop", lambda work: _torch(work, foreach=False), spare=1, precisions=TORCH_ONLY),
@@ -363,10 +366,13 @@ def chunks(sides: list[Side], sizes: dict[str, float], capacity: float) -> Itera
 
 def check(side: Side, work: Work, step: Step) -> list[str]:
     """Takes two steps; returns what is wrong with the weights afterwards. The gradients are as before."""
+    stood: set[int] = set()
     for factor in CHECKED_STEPS:
+        before = [] if side.formula else [param.detach().clone() for param in work.params]
         for grad in work.grads:
             grad.mul_(factor)
         step()
+        stood |= {k for k, old in enumerate(before) if torch.equal(work.params[k], old)}
     for grad in work.grads:
         grad.div_(math.prod(CHECKED_STEPS))
     faults = []
@@ -374,8 +380,8 @@ def check(side: Side, work: Work, step: Step) -> list[str]:
         start = values(k, param.detach())
         if not side.formula:
             got = param.detach()
-            if not bool(got.isfinite().all()) or torch.equal(got, start):
-                faults.append(f"parameter {k} has not moved, or is not finite")
+            if k in stood or not bool(got.isfinite().all()):
+                faults.append(f"parameter {k} has not moved in a step, or is not finite")
             continue
         rows = max(1, CHUNK // max(1, param[:1].numel()))
         pieces = (tensor.split(rows) for tensor in (param.detach(), start, slope))
