@@ -26,6 +26,8 @@ FIGURES := table1 table2 fig1_fig6 fig2 fig3 fig4_fig5 weight_norm finetune
 figures: $(BUILT)
 	for script in $(FIGURES); do $(VENV)/bin/python examples/paper/$$script.py || exit 1; done
 
+# For every GPU, but not compiled for each: `make sass` and the wheels take all that setup.py names.
+test: export TORCH_CUDA_ARCH_LIST ?= 7.5+PTX;9.0;12.0+PTX
 test: $(BUILT) $(VENV)/.tools
 	$(VENV)/bin/python tests/run_lanes.py
 

@@ -452,9 +452,8 @@ def doubles(code: Code) -> list[str]:
 def narrow_accesses(code: Code) -> list[str]:
     """Where the loop over contiguous memory does not take 16 bytes at a time.
 
-    In gate_kernel and step_kernel an array that is not aligned as the parameter is goes element by element, in the same
-    loop. So a vector of all arrays may come with one narrow access per element of each array but the first, and hardly
-    more: an array that is never read in vectors has narrow accesses without wide ones.
+    An array that is not aligned as the parameter goes element by element, in the same loop. So a vector of all arrays
+    may come with one narrow access per element of each array but the first, and hardly more.
     """
     kernel, faults = code.kernel, []
     if kernel.walk or kernel.phase == "finish":
@@ -468,8 +467,7 @@ def narrow_accesses(code: Code) -> list[str]:
             faults.append(f"{code}: {loop.wide_loads} words are loaded, {words} are a vector of all arrays")
         if loop.wide_stores < vectors * kernel.stored:
             faults.append(f"{code}: {loop.wide_stores} words are stored for {loop.wide_loads} that are loaded")
-        # project_kernel reads a factor for each element, step_kernel the scale of the gradients, and what a look tells
-        # of each element
+        # a factor for each element, or the scale of the gradients and what a look tells of each element
         asks = kernel.vector * TOLD[RULES[kernel.rule].look] if kernel.phase == "step" else 0
         enough = kernel.vector if kernel.phase == "project" else others + 1 + asks
         if loop.narrow_loads > vectors * enough:
@@ -519,6 +517,12 @@ def markdown_row(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def cell_of(code: Code) -> str:
+    """Registers / blocks, and the stack if there is one."""
+    spilled = f", {code.stack} B {code.spill_stores}+{code.spill_loads}" if code.stack else ""
+    return f"{code.registers}/{code.blocks}{spilled}"
+
+
 def kernel_table(codes: Iterable[Code]) -> str:
     """A line for each kernel, in Markdown."""
     by_kernel: dict[Kernel, dict[str, Code]] = defaultdict(dict)
@@ -528,10 +532,7 @@ def kernel_table(codes: Iterable[Code]) -> str:
     for kernel, on in by_kernel.items():
         accesses = zip(*(loads_and_stores(on[arch]) for arch in ARCHES), strict=True)
         cells = [" or ".join(dict.fromkeys(of_arches)) for of_arches in accesses]
-        for code in (on[arch] for arch in ARCHES):
-            spilled = f", {code.stack} B {code.spill_stores}+{code.spill_loads}" if code.stack else ""
-            cells.append(f"{code.registers}/{code.blocks}{spilled}")
-        rows.append((str(kernel), *cells))
+        rows.append((str(kernel), *cells, *(cell_of(on[arch]) for arch in ARCHES)))
     return "\n".join(map(markdown_row, rows))
 
 
@@ -545,20 +546,19 @@ def shared_table(codes: Iterable[Code]) -> str:
     return "\n".join(map(markdown_row, rows))
 
 
-def document(codes: Sequence[Code], release: str) -> str:
+def document(codes: Sequence[Code], release: str, key: str) -> str:
     return f"""# What nvcc makes of the kernels
 
 Written by `make sass` (`tests/sass.py`) from the machine code that nvcc {release} makes with the flags of
-`setup.py`. Nothing here was run, and no GPU was needed. The lane `compiled` (`tests/test_compiled.py`) fails if this
-file is not up to date, and on kernels that spill, that compute in fp64 where the parameter is of another type, or whose
-loop over contiguous memory does not take 16 bytes at a time.
+`setup.py`; a hash of all that went in is `{key}`. Nothing here was run, and no GPU was needed. The lane
+`compiled` (`tests/test_compiled.py`) fails if this file is not up to date, and on kernels that spill, that compute in
+fp64 where the parameter is of another type, or whose loop over contiguous memory does not take 16 bytes at a time.
 
 ## Registers, loads and stores
 
 A kernel is named by its phase, its rule with the number of states, the dtypes of parameter, gradient and states, and
 `walk` where it is the one for strided tensors. Under each compute capability: registers of a thread / blocks of
-{THREADS} threads that a multiprocessor has room and registers for. Where there is a stack, its bytes follow, and how
-many stores to it and loads from it there are.
+{THREADS} threads that a multiprocessor has room and registers for; of a stack bytes, stores to it, loads from it.
 
 Loads and stores are those of one turn of the loop over contiguous memory: words of 16 bytes + narrower accesses. The
 narrower ones serve arrays that are not aligned as the parameter is, element by element; others read the scale of the
@@ -592,7 +592,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faults = [fault for code in unique(codes) for check in FAULTS for fault in check(code)]
     print(f"\n{len(faults)} faults", *faults, sep="\n")
     if asked.write:
-        asked.write.write_text(document(codes, compiler.tools.nvcc_release()), encoding="utf-8")
+        asked.write.write_text(document(codes, compiler.tools.nvcc_release(), compiler.key()), encoding="utf-8")
     return int(bool(faults))
 
 
