@@ -6,7 +6,7 @@ reference backend, and `fastwrs.backends()` says why. Environment:
 
 CXX                   the C++ compiler (default: c++, then g++, then clang++)
 FASTWRS_CPU=0|1       0: never build the extension; 1: fail if it cannot be built (default: build it if possible)
-FASTWRS_CUDA=0|1      0: leave the CUDA kernels out; 1: fail if there is no nvcc (default: build them if there is one)
+FASTWRS_CUDA=0|1      0: leave the CUDA kernels out; 1: fail if they cannot be built (default: if there is an nvcc)
 TORCH_CUDA_ARCH_LIST  the GPUs to build for, as for torch, like "8.0;9.0+PTX" (default: all from 7.5 on). No GPU is
                       needed, and none is looked at
 FASTWRS_SANITIZE      "address" (with undefined behaviour) or "thread": build with these sanitizers
@@ -20,6 +20,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,7 @@ WARNINGS = "-Wall -Wextra -Wno-psabi"  # psabi: vectors are passed between our o
 NUMERIC_FLAGS = "-ffp-contract=off -fno-math-errno -fno-trapping-math"
 CUDA_SOURCES = ("csrc/cuda/plan.cpp", "csrc/cuda/find.cpp")
 KERNELS, LAUNCH, TRIPLES = "csrc/cuda/kernels.cu", "csrc/cuda/launch.cu", 6  # kernels: once per dtype triple
+OLDEST_ARCH = 7, 5
 DEFAULT_ARCHES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
 # No contraction on the GPU either: the emulated kernels are then the same arithmetic.
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
@@ -52,7 +54,16 @@ SANITIZERS = {
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
     "thread": "-fsanitize=thread",
 }
+NOTE = "_not_built.txt"  # in the package, in the place of the extension: why there is none
 TORCH_TARGET = "0x020a000000000000"  # the oldest torch that the binary runs with: 2.10
+
+
+def switch(name: str) -> str:
+    """A variable that is 0, 1 or not there."""
+    value = os.environ.get(name, "auto")
+    if value not in ("0", "1", "auto"):
+        raise SystemExit(f"fastwrs: {name}={value!r}; allowed are 0, 1 and auto")
+    return value
 
 
 def find_compiler() -> str | None:
@@ -87,6 +98,8 @@ def listed_arches(arches: str) -> list[tuple[str, str, str]]:
         match = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", arch)
         if not match:
             raise SystemExit(f"fastwrs: TORCH_CUDA_ARCH_LIST has {arch!r}; allowed are numbers like 8.0 or 9.0+PTX")
+        if (int(match[1]), int(match[2])) < OLDEST_ARCH:
+            raise SystemExit(f"fastwrs: TORCH_CUDA_ARCH_LIST has {arch!r}; the kernels need 7.5 or later")
         found.append((match[1], match[2], match[3] or ""))
     return found
 
@@ -113,26 +126,30 @@ def is_x86() -> bool:
 def ninja_file(compiler: str, torch: Path, output: Path) -> str:
     """The text of build.ninja: one object per source, the leaves once per instruction set, one shared library."""
     root = Path(__file__).resolve().parent
+
+    def at(source: str) -> str:
+        return in_ninja(root / source)
+
     emulated = os.environ.get("FASTWRS_EMULATED") == "1"
     optimise = "-O3 -g0"
     link = ""
     if sanitizer := os.environ.get("FASTWRS_SANITIZE"):
         optimise = f"-O1 -g {SANITIZERS[sanitizer]} -fno-omit-frame-pointer"
         link = SANITIZERS[sanitizer]
-    includes = f"-isystem {torch / 'include'} -isystem {sysconfig.get_paths()['include']}"
+    includes = f"-isystem {in_command(torch / 'include')} -isystem {in_command(sysconfig.get_paths()['include'])}"
     isas = ISA_FLAGS if is_x86() and not emulated else {"plain": ""}  # emulated: no step is taken by the leaves
     defines = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}" + (" -DFASTWRS_WITH_X86" if len(isas) > 1 else "")
     nvcc = None if emulated else cuda_compiler()
     if nvcc or emulated:
         defines += " -DFASTWRS_WITH_CUDA"
     if emulated:
-        defines += f" -DFASTWRS_EMULATED -I {root / 'csrc'} -I {root / 'tests' / 'emulation'} -x c++"
-        defines += " -Wno-unknown-pragmas"
+        defines += " -DFASTWRS_EMULATED -x c++ -Wno-unknown-pragmas"
+        includes += f" -I {in_command(root / 'csrc')} -I {in_command(root / 'tests' / 'emulation')}"
         optimise = optimise.replace("-O3", "-O2")
     if nvcc:
-        link += f" -L{cuda_root(nvcc) / 'lib64'} -lcudart_static -lpthread -lrt -ldl"
+        link += f" -L{in_command(cuda_root(nvcc) / 'lib64')} -lcudart_static -lpthread -lrt -ldl"
     # Messages name source files, and the machine that built it is nobody's concern. Where both match, the last counts.
-    shown = f"-ffile-prefix-map={root}/= -ffile-prefix-map={torch}=torch"
+    shown = f"{in_command(f'-ffile-prefix-map={root}/=')} {in_command(f'-ffile-prefix-map={torch}=torch')}"
     flags = f"-std=c++17 -fPIC -fvisibility=hidden {WARNINGS} {optimise} {NUMERIC_FLAGS} {defines} {shown} {includes}"
     lines = [
         "ninja_required_version = 1.3",
@@ -142,15 +159,15 @@ def ninja_file(compiler: str, torch: Path, output: Path) -> str:
         "  deps = gcc",
         "rule link",
         # torch is imported first, so that its library is found by name without a path in the binary
-        f"  command = {compiler} -shared $in {link} -L{torch / 'lib'} -ltorch_cpu -o $out",
+        f"  command = {compiler} -shared $in {link} -L{in_command(torch / 'lib')} -ltorch_cpu -o $out",
     ]
     objects = []
     for source in SOURCES:
         objects.append(Path(source).stem + ".o")
-        lines.append(f"build {objects[-1]}: compile {root / source}")
+        lines.append(f"build {objects[-1]}: compile {at(source)}")
     for isa, isa_flags in isas.items():
         objects.append(f"leaves_{isa}.o")
-        lines.append(f"build {objects[-1]}: compile {root / LEAVES}\n  isa = -DFASTWRS_ISA={isa} {isa_flags}")
+        lines.append(f"build {objects[-1]}: compile {at(LEAVES)}\n  isa = -DFASTWRS_ISA={isa} {isa_flags}")
     if nvcc or emulated:
         rule = "compile"
         if nvcc:
@@ -158,7 +175,8 @@ def ninja_file(compiler: str, torch: Path, output: Path) -> str:
             rule = "nvcc"
             lines += [
                 "rule nvcc",
-                f"  command = {nvcc} -ccbin {compiler} -MMD -MF $out.d {NVCC_FLAGS} {arches} $isa -c $in -o $out",
+                f"  command = {in_command(nvcc)} -ccbin {compiler} -MMD -MF $out.d {NVCC_FLAGS} {arches} $isa -c $in "
+                "-o $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
             ]
@@ -166,21 +184,31 @@ def ninja_file(compiler: str, torch: Path, output: Path) -> str:
         found = "".join(f"X({triple})" for triple in triples)
         for source in (*CUDA_SOURCES, *(["tests/emulation/emulation.cpp"] if emulated else [])):
             objects.append(f"cuda_{Path(source).stem}.o")
-            lines.append(f"build {objects[-1]}: compile {root / source}\n  isa = '-DFASTWRS_TRIPLES(X)={found}'")
+            lines.append(f"build {objects[-1]}: compile {at(source)}\n  isa = '-DFASTWRS_TRIPLES(X)={found}'")
         for triple in triples:
             objects.append(f"kernels_{triple}.o")
-            lines.append(f"build {objects[-1]}: {rule} {root / KERNELS}\n  isa = -DFASTWRS_TRIPLE_INDEX={triple}")
+            lines.append(f"build {objects[-1]}: {rule} {at(KERNELS)}\n  isa = -DFASTWRS_TRIPLE_INDEX={triple}")
         if nvcc:
             objects.append("launch.o")
             known = "".join(f"v{int(a):02}{b}{int(bool(ptx))}" for a, b, ptx in listed_arches(cuda_arches()))
-            lines.append(f"build {objects[-1]}: nvcc {root / LAUNCH}\n  isa = -DFASTWRS_CUDA_ARCHES={known}")
-    lines.append(f"build {output.resolve()}: link {' '.join(objects)}")
+            lines.append(f"build {objects[-1]}: nvcc {at(LAUNCH)}\n  isa = -DFASTWRS_CUDA_ARCHES={known}")
+    lines.append(f"build {in_ninja(output.resolve())}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
+
+
+def in_command(path: Path | str) -> str:
+    """A path as ninja hands it to the shell."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def in_ninja(path: Path) -> str:
+    """A path as a line of ninja's names a file."""
+    return re.sub("([$ :])", r"$\1", str(path))
 
 
 def cuda_compiler() -> str | None:
     """The CUDA compiler, if the CUDA kernels are to be built."""
-    wanted = os.environ.get("FASTWRS_CUDA", "auto")
+    wanted = switch("FASTWRS_CUDA")
     nvcc = None if wanted == "0" else find_nvcc()
     if wanted == "1" and nvcc is None:
         raise SystemExit("fastwrs: cannot build the CUDA kernels: no nvcc found (set CUDA_HOME)")
@@ -191,15 +219,23 @@ class BuildExtension(build_ext):
     """Runs ninja instead of distutils' compiler, or leaves the extension out and says why."""
 
     def run(self) -> None:
-        wanted = os.environ.get("FASTWRS_CPU", "auto")
-        reason = self.why_not() if wanted != "0" else "FASTWRS_CPU=0"
+        required = "1" in (switch("FASTWRS_CPU"), switch("FASTWRS_CUDA"))  # one library has both
+        reason = self.why_not() if switch("FASTWRS_CPU") != "0" else "FASTWRS_CPU=0"
+        package = Path(__file__).resolve().parent / "fastwrs"
+        if not (self.inplace or self.editable_mode):
+            package = Path(self.build_lib).resolve() / "fastwrs"
+            for old in package.glob("_C.*"):  # of a build before: what is left there would be shipped
+                old.unlink()
+        (package / NOTE).unlink(missing_ok=True)
         if reason is None:
             super().run()
-        elif wanted == "1":
+        elif required:
             raise SystemExit(f"fastwrs: cannot build the C++ extension: {reason}")
         else:
             print(f"fastwrs: built without the C++ extension: {reason}", file=sys.stderr)
             self.extensions = []
+            package.mkdir(parents=True, exist_ok=True)
+            (package / NOTE).write_text(reason, encoding="utf-8")
 
     def why_not(self) -> str | None:
         if find_compiler() is None:
@@ -230,11 +266,15 @@ class BuildExtension(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """One wheel for every Python from 3.10 on."""
+    """One wheel for every Python from 3.10 on; without the extension another one, for every machine."""
 
     def finalize_options(self) -> None:
         self.py_limited_api = "cp310"
         super().finalize_options()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        build = self.get_finalized_command("build_ext")
+        return super().get_tag() if build.extensions else ("py3", "none", "any")
 
 
 setup(

@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import mutants
 import pytest
+import torch
 
 from fastwrs import library
 
@@ -39,7 +41,10 @@ def python(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.
 
 @pytest.fixture(scope="module")
 def wheel(tree: Path) -> Path:
-    """A wheel built without a compiler."""
+    """A wheel built without a compiler, where there was one before."""
+    old = tree / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "fastwrs/_C.abi3.so"
+    old.parent.mkdir(parents=True)
+    old.touch()
     pip = ("-m", "pip", "--disable-pip-version-check", "wheel", "--no-build-isolation", "--no-deps", "--no-index")
     done = python(*pip, "--wheel-dir", tree.parent, tree, cwd=tree.parent)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -82,7 +87,7 @@ print(float((w.norm(dim=1) - 2).abs().max()))
     assert done.returncode == 0, done.stderr
     file, cpu, reference, error = done.stdout.splitlines()
     assert Path(file).is_relative_to(tmp_path)
-    assert "without its C++ extension" in cpu
+    assert cpu == "fastwrs was installed without its C++ extension: no C++ compiler found (set CXX)"
     assert reference == "None"
     assert float(error) < 1e-6
 
@@ -91,6 +96,38 @@ def test_asking_for_the_extension_without_a_compiler_fails(tree: Path) -> None:
     done = python("setup.py", "-q", "build_ext", "--build-lib", tree.parent / "lib", cwd=tree, FASTWRS_CPU="1")
     assert done.returncode != 0
     assert "cannot build the C++ extension: no C++ compiler found" in done.stderr
+
+
+def test_a_torch_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    assert library.why_not.__wrapped__() == "the C++ extension needs torch 2.10 or later, this is 2.9.1+cpu"
+
+
+def test_sources_that_were_not_built_say_so(tmp_path: Path) -> None:
+    assert f"no C++ extension in {tmp_path}: `pip install --no-build-isolation -e .`" in library._why_not_built(
+        tmp_path
+    )
+
+
+@pytest.mark.parametrize("name", ["FASTWRS_CPU", "FASTWRS_CUDA"])
+def test_switches_are_0_or_1(tree: Path, name: str) -> None:
+    done = python("setup.py", "-q", "build_ext", "--build-lib", tree.parent / "lib", cwd=tree, **{name: "off"})
+    assert done.returncode != 0
+    assert f"{name}='off'; allowed are 0, 1 and auto" in done.stderr
+
+
+def test_a_folder_with_a_space(tmp_path: Path) -> None:
+    folder = tmp_path / "My Projects $1"
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copy2(ROOT / "setup.py", folder)
+    setup = mutants.setup_module(folder)
+    compiler, torch_, ninja = setup.find_compiler(), setup.find_torch(), setup.BuildExtension.find_ninja()
+    rules = setup.ninja_file(compiler, torch_, folder / "fastwrs/_C.abi3.so")
+    (folder / "build.ninja").write_text(rules, encoding="utf-8")
+    for arguments in (["isa.o", "geometry.o"], ["-n"]):
+        done = subprocess.run([*ninja, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "isa.o").stat().st_size > 0
 
 
 def test_asking_for_cuda_without_nvcc_fails(tree: Path) -> None:
@@ -114,15 +151,17 @@ def test_architectures_are_those_of_torchs_list() -> None:
     for wrong in ("Hopper", "90", "8.0,9.0"):
         with pytest.raises(SystemExit, match=f"TORCH_CUDA_ARCH_LIST has {wrong!r}; allowed are numbers like"):
             setup.gencodes(wrong)
+    with pytest.raises(SystemExit, match=re.escape("has '7.0'; the kernels need 7.5 or later")):
+        setup.gencodes("7.0;8.0")
 
 
 def test_the_wheel(wheel: Path) -> None:
-    assert "-cp310-abi3-" in wheel.name
+    assert "-py3-none-any" in wheel.name  # with the extension another, which `make wheels` looks at
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     modules = {f"fastwrs/{path.relative_to(ROOT / 'fastwrs')}" for path in (ROOT / "fastwrs").rglob("*.py")}
     assert modules <= set(names)
-    assert "fastwrs/py.typed" in names
+    assert "fastwrs/py.typed" in names and not [name for name in names if name.endswith(".so")]
     assert [name for name in names if name.endswith("licenses/LICENSE")]
     others = [name for name in names if not name.startswith("fastwrs/")]
     assert all(name.split("/")[0].endswith(".dist-info") for name in others), others

@@ -76,6 +76,8 @@ def call(what: str, *command: str | Path, cwd: Path, **environment: str) -> str:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise FailedError(f"{what} took over {LIMIT_S} s") from None
+    except OSError as error:
+        raise FailedError(f"{what}: {error}") from None
     if done.returncode:
         print(done.stdout, flush=True)
         died = f" (signal {-done.returncode})" if done.returncode < 0 else ""
@@ -108,9 +110,10 @@ def build_all(dist: Path, cuda: bool) -> list[Path]:
             tag = (f"-C--build-option=--build-number={CUDA_BUILD}",) if kind == "cuda" else ()
             (source,) = (scratch / kind).iterdir()
             with_cuda = str(int(kind == "cuda"))
-            built.append(
-                build(source, scratch / f"wheel-{kind}", "--wheel", *tag, FASTWRS_CPU="1", FASTWRS_CUDA=with_cuda)
-            )
+            wheel = build(source, scratch / f"wheel-{kind}", "--wheel", *tag, FASTWRS_CPU="1", FASTWRS_CUDA=with_cuda)
+            if "-cp310-abi3-" not in wheel.name:
+                raise FailedError(f"{wheel.name} is not for every Python from 3.10 on")
+            built.append(wheel)
         dist.mkdir(exist_ok=True)
         for old in dist.glob("fastwrs-*"):
             old.unlink()
