@@ -31,7 +31,7 @@ test: export TORCH_CUDA_ARCH_LIST ?= 7.5+PTX;9.0;12.0+PTX
 test: $(BUILT) $(VENV)/.tools
 	$(VENV)/bin/python tests/run_lanes.py
 
-docs: $(BUILT) $(VENV)/.tools
+docs: $(BUILT) $(VENV)/.docs
 	$(VENV)/bin/sphinx-build -E -W --keep-going -q docs build/docs
 
 # make fuzz N=20000 [SEED=...]: as many lives of optimizers, from another seed each time unless it is given.
@@ -86,12 +86,12 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info fastwrs/_C*.so .hypothesis .ruff_cache examples/digits/out examples/frameworks/out examples/paper/out/digits
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
-# Three stamps: what a build needs (pinned torch first), the built package with what the demo needs, the tools of tests.
+# Stamps: what a build needs (pinned torch first), the built package with what the demo needs, the tools of tests and pages.
 $(VENV)/.torch: requirements/ci.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fastwrs needs Python 3.10 or newer: PYTHON=python3.x make ..."; exit 1; }
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment (on Debian: apt-get install python3-venv)"; exit 1; }
 	@echo "installing torch (the first time only) ..."
-	$(PIP) install $(PINS) torch setuptools ninja
+	$(PIP) install $(PINS) torch 'setuptools>=77' ninja
 	@touch $@
 
 $(BUILT): $(VENV)/.torch $(SOURCES)
@@ -102,9 +102,13 @@ $(BUILT): $(VENV)/.torch $(SOURCES)
 $(PEERS)/.built: $(BUILT) requirements/ci.txt requirements/peers.txt
 	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	@echo "installing what ours is measured against ..."
-	$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install $(PINS) torch setuptools ninja
+	$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install $(PINS) torch 'setuptools>=77' ninja
 	$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install --no-build-isolation $(PINS) \
 		-r requirements/peers.txt -e '.[examples,test]'
+	@touch $@
+
+$(VENV)/.docs: requirements/ci.txt pyproject.toml | $(BUILT)
+	$(PIP) install --no-build-isolation $(PINS) -e '.[examples,docs]'
 	@touch $@
 
 $(VENV)/.tools: requirements/ci.txt pyproject.toml | $(BUILT)

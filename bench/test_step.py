@@ -36,7 +36,7 @@ class Comparison:
     @property
     def goal(self) -> str:
         """The target in words; empty for a line that is only shown."""
-        return "" if self.target is None else f"{'>=' if self.inverse else '<='} {self.target:.2f}"
+        return "" if self.target is None else f"{'>=' if self.inverse else '<='} {self.target:.3f}"
 
     def met(self, ratio: float) -> bool:
         """Whether the ratio reaches the target."""

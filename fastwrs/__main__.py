@@ -38,7 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "bench":
         return command.run(options)
-    print(info())
+    try:
+        print(info())
+    except ValueError as error:  # of a variable in the environment
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

@@ -60,6 +60,9 @@ def _why_not_unasked(name: str) -> str | None:
 def backends() -> dict[str, str | None]:
     """All backends by name, with None if they can run here, or the reason why they cannot.
 
+    Raises:
+        ValueError: ``FASTWRS_CPU_ISA`` in the environment names no instruction set of this processor and build.
+
     Example:
         >>> [name for name, why in fastwrs.backends().items() if why is None]
         [...'reference']

@@ -74,6 +74,8 @@ def param_groups(
         ['0.weight'] True 0.0
         ['1.weight', '1.bias'] False 0.0001
         ['0.bias'] False 0.0
+
+    Source: Liu et al., *Weight Rescaling*, Algorithm 1.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")

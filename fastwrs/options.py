@@ -73,7 +73,8 @@ class Shrink:
 
     n is the norm that the group had before the step. ``power=1`` is AWS, ``power=0`` acts like weight decay. Only the
     abstract of the paper is public, so this formula is our reading of it. A step that rescales skips the shrink, which
-    would be erased.
+    would be erased. Source: Li, Chen and Yang, *Understanding the Disharmony between Weight Normalization Family and
+    Weight Decay*, AAAI 2020.
 
     Args:
         rate: how strongly large norms are pulled down; finite and >= 0.

@@ -40,7 +40,7 @@ class Adam(FusedOptimizer):
     All arguments but the last four are those of ``torch.optim.Adam``. Parameters of any shape; every parameter has its
     own step count t. ``foreach`` is accepted and ignored, and so is ``fused``, but for ``fused=False``, with which
     GradScaler unscales the gradients and skips steps itself. ``capturable`` is accepted: the step never waits for the
-    device. ``betas`` may be CPU tensors, which are read in each step.
+    device. ``differentiable=True`` is refused. ``betas`` may be CPU tensors, which are read in each step.
 
     Args:
         rescale: a :class:`fastwrs.Rescale` or None; may be set per param group, see :func:`fastwrs.param_groups`.

@@ -29,7 +29,7 @@ class SGD(FusedOptimizer):
         w   = w * target / |w|                        for each norm group, if rescale (then there is no shrink)
 
     All arguments but the last five are those of ``torch.optim.SGD``. Parameters of any shape; every parameter has its
-    own step count. ``foreach`` and ``fused`` are as in :class:`fastwrs.Adam`.
+    own step count. ``foreach``, ``fused`` and ``differentiable`` are as in :class:`fastwrs.Adam`.
 
     Args:
         rescale: a :class:`fastwrs.Rescale` or None; may be set per param group, see :func:`fastwrs.param_groups`.
@@ -59,7 +59,8 @@ class SGD(FusedOptimizer):
         >>> optimizer.step()
 
     Source: Sutskever et al., *On the importance of initialization and momentum in deep learning*, ICML 2013, in the
-    form of ``torch.optim.SGD``; Liu et al., *Weight Rescaling*, Algorithm 1; arXiv 1911.05920 for the shifted L2 term.
+    form of ``torch.optim.SGD``; Liu et al., *Weight Rescaling*, Algorithm 1; Li, Chen, Xia and Yang,
+    *... epsilon-shifted L2 Regularizer*, arXiv 1911.05920.
     """
 
     rule = RULES["sgd"]
