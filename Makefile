@@ -43,7 +43,7 @@ fuzz: $(BUILT) $(VENV)/.tools
 # Ours against what is in requirements/peers.txt, in an environment of its own.
 PEERS := build/peers
 bench: $(PEERS)/.built
-	$(PEERS)/bin/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname $(BENCH)
+	$(PEERS)/bin/python -m pytest $(if $(findstring bench/,$(BENCH)),,bench) -q --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname $(BENCH)
 
 sass: $(BUILT) $(VENV)/.tools
 	$(VENV)/bin/python tests/sass.py --write docs/sass.md

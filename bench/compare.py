@@ -5,8 +5,9 @@
 
 A record is what `make bench BENCH=--record` or `python -m fastwrs bench --record` writes. Its lines are ratios to a
 side of the same turns, so that records of different days can be compared; of revisions the ratio is that of the new one
-to the old one, round by round. Slower is what has its quartiles above those of the old record (of revisions: above 1).
-Exit code: 0 nothing became slower, 1 something did, 2 there is nothing to compare.
+to the old one, round by round. Slower is what has its quartiles above those of the old record (of revisions: above 1);
+of peak memory, which has no spread, what is a tenth above it. What the new record refused to measure counts as slower.
+Exit code: 0 nothing became slower, 1 something did, 2 there is nothing to compare, or no way to.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,19 +60,36 @@ class Change:
     @property
     def verdict(self) -> str:
         """In a word: what lies apart by more than the quartiles."""
-        if self.new.low > self.old.high:
+        if self.new.low > self.old.high or (math.isnan(self.new.median) and not math.isnan(self.old.median)):
             return "SLOWER"
         return "faster" if self.new.high < self.old.low else ""
 
 
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The lines of a record; the last one may have been cut off."""
+    texts = path.read_text(encoding="utf-8").splitlines()
+    with suppress(json.JSONDecodeError):
+        return [json.loads(text) for text in texts if text.strip()]
+    return [json.loads(text) for text in texts[:-1] if text.strip()]
+
+
 def read(path: Path) -> dict[str, Ratio]:
-    """The ratios of a record by name: the last line of each, as ours over another side."""
+    """The ratios of a record by name: the last line of each, as ours over another side.
+
+    Not a number where a side was refused; MB where it is memory.
+    """
     found = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        line: dict[str, Any] = json.loads(text)
+    for line in lines_of(path):
+        where = [part for part in (line.get("device", "cpu"),) if part != "cpu"]
         if "to_fused" in line:
-            name = "/".join([line["list"], line["precision"], line["rule"], line["side"]])
+            name = "/".join([*where, line["list"], line["precision"], line["rule"], line["side"]])
             found[name] = Ratio(**line["to_fused"])
+        elif "why" in line:
+            side = line["why"].partition(":")[0]
+            found["/".join([*where, line["list"], line["precision"], line["rule"], side])] = Ratio(*[math.nan] * 3)
+        elif "bytes_above_states" in line:
+            size = line["bytes_above_states"] / 1e6
+            found["/".join([line["list"], line["rule"], line["side"], "MB"])] = Ratio(size, 0.95 * size, 1.05 * size)
         elif "ratio" in line:
             low, high = line["quartiles"]
             ratio = Ratio(line["ratio"], low, high)
@@ -87,8 +106,14 @@ def inverse(line: dict[str, Any]) -> bool:
 
 
 def of_records(old: Path, new: Path) -> list[Change]:
-    """The lines that both records have."""
+    """The lines that both records have. What else tells them apart is printed."""
     before, after = read(old), read(new)
+    if missing := [name for name in before if name not in after]:
+        print(f"not in {new}: {', '.join(missing)}")
+    for key in ("cpu", "gpu", "isa", "threads", "torch", "elements"):
+        one, other = (sorted({str(line[key]) for line in lines_of(path) if key in line}) for path in (old, new))
+        if one != other:
+            print(f"another {key}: {', '.join(one)} before, {', '.join(other)} now")
     return [Change(name, before[name], after[name]) for name in before if name in after]
 
 
@@ -176,11 +201,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("new", help="the same of the later one")
     parser.add_argument("--list", choices=list(LISTS), action="append", help="for revisions; default: resnet50, tiny")
     parser.add_argument("--rule", choices=list(OPTIONS), action="append", help="for revisions; default: all")
-    parser.add_argument("--rounds", type=int, default=30, help="for revisions")
+    parser.add_argument("--rounds", type=int, default=30, help="for revisions, 5 at least")
     options = parser.parse_args(arguments)
+    if options.rounds < 5:
+        parser.error(f"--rounds is {options.rounds}; of less than 5 the quartiles say nothing")
+    try:
+        return compared(options, parser)
+    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+        print(f"nothing to compare: {error}", file=sys.stderr)
+        return 2
+
+
+def compared(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """The comparison that was asked for."""
     paths = [Path(options.old), Path(options.new)]
-    if all(path.is_file() for path in paths):
+    records = [path.is_file() for path in paths]
+    if all(records):
         return report(of_records(*paths))
+    if any(records):
+        parser.error("a record is compared with a record, a revision with a revision")
     for name in (options.old, options.new):
         command = ["git", "rev-parse", "-q", "--verify", f"{name}^{{commit}}"]
         if subprocess.run(command, cwd=ROOT, check=False, capture_output=True).returncode:

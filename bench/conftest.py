@@ -20,6 +20,8 @@ from fastwrs.benchmark.measure import Figures
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "step.jsonl"
+TESTS = [f"tests/test_{name}.py" for name in ("cpu", "optim", "adamp", "shifted", "monitor", "rescaler")]
+"""Of all that is timed."""
 WHERE = pytest.StashKey[dict[str, Any]]()
 LINES = pytest.StashKey[list[dict[str, Any]]]()
 PLAIN_FP32 = {"precision": "float32", "device": "cpu"}
@@ -35,7 +37,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     session.config.stash[WHERE] = {**environment(), "load_before": round(os.getloadavg()[0], 2)}
     if (why := fastwrs.backends()["cpu"]) is not None:
         pytest.exit(f"nothing to report: the C++ kernels cannot run, and the reference is not a benchmark: {why}", 1)
-    tests = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-x", "-m", "cpu", "tests/test_cpu.py"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-x", "-m", "cpu or oracle", *TESTS]
     done = subprocess.run(tests, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.exit(f"nothing to report: the tests of what is timed are red\n{done.stdout[-2000:]}", 1)

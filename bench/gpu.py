@@ -252,7 +252,7 @@ def compare(comparison: Comparison, setup: Setup, clock: Clock) -> Iterator[Line
             work = step = None  # one that has failed gives its memory back
             try:
                 work = Work.new(comparison.rule, precision, params, grads)
-                step = side.make(work)
+                step = contenders.made(side, work)
                 faults = contenders.check(side, work, step)
             except Exception as error:  # a rival that cannot run here is no reason not to measure the others
                 yield common | {"kind": "failed", "side": side.name, "why": f"{type(error).__name__}: {error}"[:500]}
@@ -347,7 +347,7 @@ def prepared(comparison: Comparison, setup: Setup, side: Side) -> tuple[Work, St
     params, precision = comparison.params(setup.rehearsal), PRECISIONS[comparison.precision]
     grads = contenders.make_grads(params, precision.params, setup.device, comparison.channels_last)
     work = Work.new(comparison.rule, precision, params, grads)
-    step = side.make(work)
+    step = contenders.made(side, work)
     for _ in range(3):
         step()
     return work, step
@@ -437,7 +437,7 @@ def main(arguments: list[str] | None = None) -> int:
         lines = record.read(*given.summary)
         print(record.summary(lines))
         if given.plot:
-            print(plot.why_not() or plot.draw(panels(lines), given.plot) or f"plot: {given.plot}")
+            print(plot.why_not(given.plot) or plot.draw(panels(lines), given.plot) or f"plot: {given.plot}")
         return 0
     setup = Setup.here(given.rehearse, given.rounds)
     if given.once:

@@ -7,14 +7,13 @@ The last line of each name in bench/results/step.jsonl counts. What is around th
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from compare import inverse
+from compare import inverse, lines_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = ROOT / "bench/results/step.jsonl", ROOT / "docs/benchmarks.md"
@@ -25,9 +24,8 @@ Line = dict[str, Any]
 def read(path: Path) -> list[Line]:
     """The last line of each name, in the order of the last run."""
     found: dict[tuple[Any, ...], Line] = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
-        key = tuple(line.get(part) for part in ("kind", "list", "rule", "side", "name", "why"))
+    for line in lines_of(path):
+        key = tuple(line.get(part) for part in ("kind", "list", "rule", "precision", "device", "side", "name", "why"))
         found.pop(key, None)
         found[key] = line
     return list(found.values())

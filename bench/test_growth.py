@@ -11,7 +11,7 @@ from test_step import Comparison
 
 from fastwrs.benchmark import memory
 from fastwrs.benchmark.lists import WEIGHT, Param, Shape
-from fastwrs.benchmark.sides import FUSED, PRECISIONS, Work, make_grads, ours
+from fastwrs.benchmark.sides import FUSED, PRECISIONS, Work, made, make_grads, ours
 from fastwrs.benchmark.turns import Ratio, Step, in_turns
 
 WRS = ours("cpu", "out")
@@ -31,7 +31,7 @@ def both(shapes: list[Shape], rule: str = "AdamW") -> tuple[Step, Step]:
     """Our step with WRS, and torch fused without, on matrices."""
     params = [Param(shape, WEIGHT) for shape in shapes]
     grads = make_grads(params, torch.float32, "cpu")
-    mine, theirs = (side.make(Work.new(rule, FP32, params, grads)) for side in (WRS, FUSED))
+    mine, theirs = (made(side, Work.new(rule, FP32, params, grads)) for side in (WRS, FUSED))
     return mine, theirs
 
 

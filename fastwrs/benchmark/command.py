@@ -10,6 +10,7 @@ import json
 import math
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,9 +25,12 @@ from fastwrs.benchmark import plot as drawing
 from fastwrs.benchmark.lists import LISTS, Param
 from fastwrs.benchmark.measure import Figures
 from fastwrs.benchmark.plot import Panel
-from fastwrs.benchmark.sides import OPTIONS, PRECISIONS, bytes_per_element, sides
+from fastwrs.benchmark.sides import OPTIONS, PRECISIONS, bytes_per_element, replaces_fused, sides
 
 DEFAULT_LIST = "resnet50"
+PLOT = Path("fastwrs-bench.png")
+KNOWN_HERE = object()
+"""In the place of a model of which the parameters alone are known."""
 SECONDS = 40.0
 
 
@@ -47,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measures, prints the table and writes the plot. 0: done; 1: something is wrong, and why was printed."""
+    if why := why_not_written(options):
+        print(f"nothing was measured: {why}", file=sys.stderr)
+        return 1
     try:
         params = parameters(options.model)
         backend = dispatch.choose("auto", torch.device(options.device).type).NAME
@@ -71,6 +78,22 @@ def run(options: argparse.Namespace) -> int:
     return plot(options, measured)
 
 
+def why_not_written(options: argparse.Namespace) -> str:
+    """What stands against the files that were asked for; empty if nothing does."""
+    try:
+        if options.record:
+            options.record.parent.mkdir(parents=True, exist_ok=True)
+            options.record.open("a", encoding="utf-8").close()
+        if options.plot:
+            if why := drawing.why_not(options.plot):
+                return f"--plot {options.plot}: {why}"
+            options.plot.parent.mkdir(parents=True, exist_ok=True)
+            options.plot.open("ab").close()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
 def parameters(model: str | None) -> list[Param]:
     """The parameters of a model by its name, with their roles.
 
@@ -80,20 +103,21 @@ def parameters(model: str | None) -> list[Param]:
     if model is None:
         return LISTS[DEFAULT_LIST].params()
     made = _by_path(model) if ":" in model else _by_name(model)
-    if made is None:
+    if made is KNOWN_HERE:
         return LISTS[model].params()
-    if not isinstance(made, nn.Module):
+    if isinstance(made, nn.Module):
+        found = lists.of_model(made)
+    else:
         try:
-            weights = [param for param in made if isinstance(param, torch.Tensor)]
-        except TypeError:
-            weights = []
-        if not weights:
-            raise ValueError(f"--model {model}: it is {type(made).__name__}, neither a model nor its parameters")
+            given = [made] if isinstance(made, torch.Tensor) else list(made)
+        except Exception as error:
+            kind = type(made).__name__
+            raise ValueError(f"--model {model}: it is {kind}, neither a model nor its parameters ({error})") from error
+        tensors = [t for t in given if isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex())]
         # without modules nobody knows what they are
-        return [Param(tuple(weight.shape), lists.WEIGHT if weight.ndim > 1 else lists.PLAIN) for weight in weights]
-    found = lists.of_model(made)
-    if not found:
-        raise ValueError(f"--model {model}: it has no parameters")
+        found = [Param(lists.real_shape(t), lists.WEIGHT if t.ndim > 1 else lists.PLAIN) for t in tensors]
+    if not sum(math.prod(param.shape) for param in found):
+        raise ValueError(f"--model {model}: it has no parameters that are trained")
     return found
 
 
@@ -101,12 +125,12 @@ def _by_path(path: str) -> Any:
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"--model {path}: {type(error).__name__}: {error}") from error
 
 
-def _by_name(name: str) -> nn.Module | None:
-    """The model, or None if only its parameters are known here."""
+def _by_name(name: str) -> Any:
+    """The model, or KNOWN_HERE."""
     looked = []
     for package, make in (("torchvision.models", "get_model"), ("timm", "create_model")):
         top = package.partition(".")[0]
@@ -118,15 +142,31 @@ def _by_name(name: str) -> nn.Module | None:
         except Exception as error:  # timm with a torchvision that was built for another torch
             looked.append(f"{top} cannot be imported ({type(error).__name__}: {error})")
             continue
-        with contextlib.suppress(ValueError, RuntimeError), torch.device("meta"):
-            # what they say of an unknown name: ValueError (torchvision), RuntimeError (timm)
-            return made(name)
-        looked.append(f"{top} has none of this name")
+        try:
+            return _made(made, name)
+        except Exception as error:
+            why = "has none of this name" if _unknown(error) else f"cannot make it ({type(error).__name__}: {error})"
+            looked.append(f"{top} {why}")
     if name in LISTS:
-        return None
+        return KNOWN_HERE
     raise ValueError(
         f"--model {name}: {', '.join(looked)}; package.module:function names a function that returns your model"
     )
+
+
+def _made(make: Callable[[str], nn.Module], name: str) -> nn.Module:
+    """The model without memory for its weights, where it can be made so."""
+    try:
+        with torch.device("meta"):
+            return make(name)
+    except Exception as error:
+        if _unknown(error):
+            raise
+    return make(name)  # some count their layers with tensors
+
+
+def _unknown(error: Exception) -> bool:
+    return "unknown model" in str(error).lower()  # torchvision, and timm
 
 
 def table(options: argparse.Namespace, params: list[Param], found: list[Figures | str]) -> list[str]:
@@ -135,6 +175,7 @@ def table(options: argparse.Namespace, params: list[Param], found: list[Figures 
     rescaled = sum(math.prod(param.shape) for param in params if param.role == lists.WEIGHT)
     size = bytes_per_element(options.optimizer, PRECISIONS[options.dtype])
     measured = [line for line in found if isinstance(line, Figures)]
+    stands_in = replaces_fused(options.optimizer, PRECISIONS[options.dtype].params, options.device)
     width = max(len(line.side) for line in measured) + 2
     lines = [
         f"{options.model or DEFAULT_LIST}: {len(params):,} tensors, {elements:,} parameters, of which {rescaled:,} are "
@@ -156,6 +197,7 @@ def table(options: argparse.Namespace, params: list[Param], found: list[Figures 
         f"Medians of {measured[0].rounds} rounds in turns. GB/s: the {size} bytes per parameter that a step cannot do "
         "without, over its time.",
         "Host: the same step on as many tensors of one element. torch fused and fastwrs plain rescale nothing.",
+        *["torch fused is foreach here, for torch's fused SGD gives wrong weights in bf16 on the CPU."] * stands_in,
         *(f"not measured: {line}" for line in found if isinstance(line, str)),
     ]
 
@@ -190,19 +232,18 @@ def record(options: argparse.Namespace, params: list[Param], measured: list[Figu
         "elements": sum(math.prod(param.shape) for param in params),
         **environment(),
     }
-    options.record.parent.mkdir(parents=True, exist_ok=True)
     with options.record.open("a", encoding="utf-8") as out:
         out.writelines(json.dumps({**common, **asdict(line)}) + "\n" for line in measured)
 
 
 def plot(options: argparse.Namespace, measured: list[Figures]) -> int:
     """Draws each side's bytes per second. 1 if a plot was asked for and cannot be made."""
-    if why := drawing.why_not():
-        print(why)
+    path = options.plot or PLOT
+    if why := drawing.why_not(path):
+        print(f"no plot: {why}")
         return int(options.plot is not None)
     title = f"{options.optimizer}, {options.model or DEFAULT_LIST}, {options.dtype}, {options.device}"
     panel = Panel({line.side: line.gb_per_s for line in measured}, measured[0].gb_per_s / measured[0].share_of_copy)
-    path = options.plot or Path("fastwrs-bench.png")
     drawing.draw({title: panel}, path)
     print(f"plot: {path}")
     return 0

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 import fastwrs
 
@@ -144,12 +144,17 @@ LISTS: dict[str, ParamList] = {
 
 
 def of_model(model: nn.Module) -> list[Param]:
-    """The parameters of a model, with the roles that ``fastwrs.param_groups`` gives them."""
+    """The parameters of a model that are trained, with the roles that ``fastwrs.param_groups`` gives them."""
     roles = {}
     for group in fastwrs.param_groups(model, weight_decay=1.0):
         role = WEIGHT if group["rescale"] is not None else NORM if group["weight_decay"] else PLAIN
         roles |= {id(param): role for param in group["params"]}
-    return [Param(tuple(param.shape), roles[id(param)]) for param in model.parameters()]
+    return [Param(real_shape(param), roles[id(param)]) for param in model.parameters() if param.requires_grad]
+
+
+def real_shape(tensor: Tensor) -> Shape:
+    """The shape of what a step works on: of a complex tensor its real view."""
+    return (*tensor.shape, 2) if tensor.is_complex() else tuple(tensor.shape)
 
 
 def resnet50() -> list[Shape]:

@@ -12,11 +12,13 @@ import torch
 
 from fastwrs.benchmark import turns
 from fastwrs.benchmark.lists import Param, shrunk
-from fastwrs.benchmark.sides import FUSED, PRECISIONS, Side, Work, bytes_per_element, check, chunks, make_grads
+from fastwrs.benchmark.sides import FUSED, PRECISIONS, Side, Work, bytes_per_element, check, chunks, made, make_grads
 from fastwrs.benchmark.turns import Ratio, Step
 
 COPY = "copy"
 MOST_COPIED = 1 << 30  # bytes of either buffer of the copy
+LOOKED_AT = 1 << 22
+"""Elements of the real list that are compared with the oracle before it is timed; the norms are, of all."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,13 @@ class WrongError(RuntimeError):
     """A side of ours, or what all are compared with, is wrong or cannot run: there is nothing to report."""
 
 
+def refused(side: Side, why: str) -> str:
+    """The line in place of the figures of a side; WrongError for those that nothing goes without."""
+    if side.ours:
+        raise WrongError(f"{side.name}: {why}")
+    return f"{side.name}: {why}"
+
+
 def compare(
     params: list[Param],
     rule: str,
@@ -57,9 +66,7 @@ def compare(
     sound = []
     for side in sides:
         if why := why_not(side, rule, params, precision, device):
-            if side.ours:
-                raise WrongError(f"{side.name}: {why}")
-            yield f"{side.name}: {why}"
+            yield refused(side, why)
         else:
             sound.append(side)
     host = host_seconds(sound, rule, params, precision, device)
@@ -67,16 +74,32 @@ def compare(
     moved = elements * bytes_per_element(rule, kind)
     weights = elements * kind.params.itemsize
     kept = (moved - weights) / 2  # all but the gradients is read and written, and these are shared
-    sizes = {side.name: kept + side.spare * weights for side in sound}
+    sizes = {side.name: kept + (side.spare + side.own_grads) * weights for side in sound}
+    buffer = min(moved // 2, MOST_COPIED)
+    room = capacity(device) - weights - 2 * buffer  # the gradients, which all share
+    least = sizes[FUSED.name] + max(sizes.values())
+    if room < least:
+        needed = least + weights + 2 * buffer
+        raise WrongError(f"two sides need {needed:.1e} bytes of memory, {capacity(device):.1e} may be used")
     grads = make_grads(params, kind.params, device)
-    source = torch.empty(min(moved // 2, MOST_COPIED), dtype=torch.uint8, device=device)
+    source = torch.empty(buffer, dtype=torch.uint8, device=device)
     source.random_()
     target = torch.empty_like(source)
-    parts = list(chunks(sound, sizes, capacity(device)))
+    parts = list(chunks(sound, sizes, room))
     for number, part in enumerate(parts):
         steps: dict[str, Step] = {COPY: waiting(lambda: target.copy_(source), device)}
-        for side in part:
-            steps[side.name] = waiting(side.make(Work.new(rule, kind, params, grads)), device)
+        for side in list(part):
+            try:
+                work = Work.new(rule, kind, params, grads)
+                step = made(side, work)
+                why = "; ".join(check(side, work, step, LOOKED_AT)[:3])
+            except Exception as error:  # one that cannot take so many, or so large ones
+                why = f"{type(error).__name__}: {error}"[:500]
+            if why:
+                part.remove(side)
+                yield refused(side, why)
+            else:
+                steps[side.name] = waiting(step, device)
         times = turns.in_turns(steps, rounds, seconds=seconds / len(parts))
         copied = 2 * source.numel() / statistics.median(times[COPY])
         for side in part:
@@ -102,7 +125,7 @@ def why_not(side: Side, rule: str, params: list[Param], precision: str, device: 
     kind = PRECISIONS[precision]
     try:
         work = Work.new(rule, kind, few, make_grads(few, kind.params, device))
-        return "; ".join(check(side, work, side.make(work))[:3])
+        return "; ".join(check(side, work, made(side, work))[:3])
     except Exception as error:  # another package that does not run here is no reason not to measure the others
         return f"{type(error).__name__}: {error}"[:500]
 
@@ -114,18 +137,19 @@ def host_seconds(
     kind = PRECISIONS[precision]
     tiny = [Param((1,) * len(param.shape), param.role) for param in params]
     grads = make_grads(tiny, kind.params, device)
-    steps = {side.name: waiting(side.make(Work.new(rule, kind, tiny, grads)), device) for side in sides}
+    steps = {side.name: waiting(made(side, Work.new(rule, kind, tiny, grads)), device) for side in sides}
     return {name: statistics.median(times) for name, times in turns.in_turns(steps, rounds).items()}
 
 
 def waiting(step: Step, device: str) -> Step:
     """The step, until the device has finished."""
-    if not device.startswith("cuda"):
+    if device == "cpu":
         return step
+    wait = torch.cuda.synchronize if device.startswith("cuda") else torch.accelerator.synchronize
 
     def whole() -> None:
         step()
-        torch.cuda.synchronize()
+        wait(torch.device(device))
 
     return whole
 
@@ -133,5 +157,5 @@ def waiting(step: Step, device: str) -> Step:
 def capacity(device: str) -> float:
     """Bytes of memory that may be used."""
     if device.startswith("cuda"):
-        return 0.8 * torch.cuda.mem_get_info()[0]
-    return 0.6 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return 0.8 * torch.cuda.mem_get_info(device)[0]
+    return 0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

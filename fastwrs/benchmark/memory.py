@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from fastwrs.benchmark.lists import LISTS, shrunk
-from fastwrs.benchmark.sides import PRECISIONS, SLOTS, Work, make_grads, sides
+from fastwrs.benchmark.sides import PRECISIONS, SLOTS, Work, made, make_grads, sides
 
 LARGE = 65536
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(LARGE), "MALLOC_TRIM_THRESHOLD_": str(LARGE)}
@@ -37,14 +37,14 @@ def above_states(list_name: str, rule: str, side_name: str) -> int:
     given = LISTS[list_name].params()
     side = next(side for side in sides("peers", ["cpu"], True) if side.name == side_name)
     few = shrunk(given)
-    warm = side.make(Work.new(rule, PRECISIONS["float32"], few, make_grads(few, torch.float32, "cpu")))
+    warm = made(side, Work.new(rule, PRECISIONS["float32"], few, make_grads(few, torch.float32, "cpu")))
     for _ in range(STEPS):  # code, threads and their stacks
         warm()
     work = Work.new(rule, PRECISIONS["float32"], given, make_grads(given, torch.float32, "cpu"))
     gc.collect()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
-    step = side.make(work)
+    step = made(side, work)
     for _ in range(STEPS):
         step()
     return resident("VmHWM") - before - cost_of_states(work)

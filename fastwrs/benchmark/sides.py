@@ -35,6 +35,8 @@ CHECKED_STEPS = (1.0, -0.5)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3 * 2.0**-7}
 """How far a weight may be from the oracle's, relative to the largest of its group: a check for sides of other makes,
 which round in other places. How exact fastwrs is, tests/tolerances.py decides."""
+NORM_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
+"""How far the norm of a rescaled channel may be from 1, on any side."""
 TIMM = "timm"
 CHUNK = 1 << 24
 """Elements that are checked at once: the oracle runs in fp64 and makes many copies."""
@@ -116,6 +118,8 @@ class Side:
     axis: str | None = None
     decays: tuple[str, ...] = (WEIGHT, NORM, PLAIN)
     """The roles whose parameters it decays."""
+    own_grads: bool = False
+    """Whether it writes the gradients, and so gets some of its own."""
     formula: bool = True
     """Whether its weights have to be the oracle's. Another algorithm's have to be finite, and to move in every step."""
     any_layout: bool = True
@@ -175,15 +179,28 @@ def looking(backend: str) -> tuple[Side, ...]:
     )
 
 
+def made(side: Side, work: Work) -> Step:
+    """The step of a side on a work."""
+    if side.own_grads:
+        work.grads = [grad.clone() for grad in work.grads]
+        for param, grad in zip(work.params, work.grads, strict=True):
+            param.grad = grad
+    return side.make(work)
+
+
 def _torch(work: Work, **options: bool) -> Step:
     kind = getattr(torch.optim, work.rule)
     return kind(work.params, weight_decay=DECAY, **OPTIONS[work.rule], **options).step
 
 
+def replaces_fused(rule: str, dtype: torch.dtype, device: str) -> bool:
+    """Whether foreach stands in: torch 2.13's fused SGD for the CPU gives wrong weights in bf16, as the check found."""
+    return rule == "SGD" and device == "cpu" and dtype != torch.float32
+
+
 def _fused(work: Work) -> Step:
-    # Torch 2.13's fused SGD for the CPU gives wrong weights in bf16, which the check below found.
-    wrong = work.rule == "SGD" and not work.params[0].is_cuda and work.params[0].dtype != torch.float32
-    return _torch(work, foreach=True) if wrong else _torch(work, fused=True)
+    foreach = replaces_fused(work.rule, work.params[0].dtype, work.params[0].device.type)
+    return _torch(work, foreach=True) if foreach else _torch(work, fused=True)
 
 
 def norms(weight: Tensor) -> Tensor:
@@ -269,12 +286,24 @@ def timm_optimizer(name: str) -> Any:
 
 
 def _others(
-    package: str, adamw: str | None, sgd: str | None, momentum: str = "momentum", **options: object
+    package: str,
+    adamw: str | None,
+    sgd: str | None,
+    momentum: str = "momentum",
+    writes_grads: str | None = None,
+    **options: object,
 ) -> tuple[Side, ...]:
     """Optimizers of a package that take the place of AdamW and of SGD with momentum. They are other algorithms."""
     found = [("AdamW", adamw, options), ("SGD", sgd, {momentum: 0.9, **options})]
     return tuple(
-        Side(f"{package} {name}", _from_package(package, name, **more), rules=(rule,), formula=False, spare=3)
+        Side(
+            f"{package} {name}",
+            _from_package(package, name, **more),
+            rules=(rule,),
+            formula=False,
+            spare=3,
+            own_grads=name == writes_grads,
+        )
         for rule, name, more in found
         if name
     )
@@ -300,7 +329,7 @@ LOOPS = (
 )  # fmt: skip
 COMPILED = Side("torch fused + compiled loop", _compiled, "out", precisions=TORCH_ONLY)
 _OTHERS = {
-    "optimi": _others("optimi", "AdamW", "SGD"),
+    "optimi": _others("optimi", "AdamW", "SGD", writes_grads="SGD"),  # its weight decay
     "timm": (
         Side("timm LAMB", _from_package("timm", "Lamb"), rules=("AdamW",), formula=False, spare=3),
         *_others("timm", "AdamP", "SGDP"),
@@ -364,27 +393,47 @@ def chunks(sides: list[Side], sizes: dict[str, float], capacity: float) -> Itera
 # ---- the check ------------------------------------------------------------------------------------------------------
 
 
-def check(side: Side, work: Work, step: Step) -> list[str]:
-    """Takes two steps; returns what is wrong with the weights afterwards. The gradients are as before."""
-    stood: set[int] = set()
+def check(side: Side, work: Work, step: Step, most: float = math.inf) -> list[str]:
+    """Takes two steps; returns what is wrong with the weights afterwards. The gradients are as before.
+
+    Of large lists, tensors of up to ``most`` elements together are looked at in full, and of all others the norms.
+    """
+    seen = _looked_at(work, most)
+    faults, along = [], 0.0
     for factor in CHECKED_STEPS:
-        before = [] if side.formula else [param.detach().clone() for param in work.params]
         for grad in work.grads:
             grad.mul_(factor)
+        before = {} if side.formula else {k: work.params[k].detach().clone() for k in seen}
+        sums = [grad.detach().sum(dtype=torch.float64) for grad in work.grads]
         step()
-        stood |= {k for k, old in enumerate(before) if torch.equal(work.params[k], old)}
+        for k, old in before.items():
+            param = work.params[k].detach()
+            if torch.equal(param, old) or not bool(param.isfinite().all()):
+                faults.append(f"parameter {k} has not moved in a step, or is not finite")
+            if factor == CHECKED_STEPS[0]:
+                along += float(((param - old).double() * work.grads[k]).sum())
+        if side.own_grads:
+            continue
+        for k, (param, grad, total) in enumerate(zip(work.params, work.grads, sums, strict=True)):
+            if param.grad is not grad or grad.sum(dtype=torch.float64) != total:
+                faults.append(f"the gradient of parameter {k}, which all sides share, has been changed")
     for grad in work.grads:
         grad.div_(math.prod(CHECKED_STEPS))
-    faults = []
-    for k, (param, role, slope) in enumerate(zip(work.params, work.roles, work.grads, strict=True)):
-        start = values(k, param.detach())
-        if not side.formula:
-            got = param.detach()
-            if k in stood or not bool(got.isfinite().all()):
-                faults.append(f"parameter {k} has not moved in a step, or is not finite")
-            continue
+    if along > 0 and side.axis is None:
+        faults.append("the first step goes along the gradients, not against them")
+    if side.axis == "out":
+        for k, (param, role) in enumerate(zip(work.params, work.roles, strict=True)):
+            off = (norms(param.detach().double()) - 1).abs() if role == WEIGHT and param.numel() else param.new_zeros(1)
+            if not bool((off <= NORM_TOLERANCE[param.dtype]).all()):
+                faults.append(f"parameter {k} has norms that are off by up to {float(off.max()):.2g}")
+    if not side.formula:
+        return faults
+    for k in seen:
+        role = work.roles[k]
+        param, slope = (tensor.detach().reshape(tensor.shape or (1,)) for tensor in (work.params[k], work.grads[k]))
+        start = values(k, work.params[k].detach()).reshape(param.shape)
         rows = max(1, CHUNK // max(1, param[:1].numel()))
-        pieces = (tensor.split(rows) for tensor in (param.detach(), start, slope))
+        pieces = (tensor.split(rows) for tensor in (param, start, slope))
         for got, w, grad in zip(*pieces, strict=True):
             truth, dims = _truth(side, work, role, w, grad)
             scale = truth.abs().amax(dims, keepdim=True) if dims else torch.maximum(truth.abs(), w.abs().double())
@@ -393,6 +442,18 @@ def check(side: Side, work: Work, step: Step) -> list[str]:
                 faults.append(f"parameter {k} is off by up to {float(off.max()):.2g} of the largest of a group")
                 break
     return faults
+
+
+def _looked_at(work: Work, most: float) -> list[int]:
+    """Of each role the largest tensor that fits, then as many as fit, in their order; none without elements."""
+    sizes = {k: param.numel() for k, param in enumerate(work.params) if param.numel()}
+    largest = {work.roles[k]: k for k in sorted(sizes, key=lambda k: sizes[k]) if sizes[k] <= most}
+    chosen, left = set(largest.values()), most - sum(sizes[k] for k in largest.values())
+    for k, size in sizes.items():
+        if k not in chosen and size <= left:
+            chosen.add(k)
+            left -= size
+    return sorted(chosen)
 
 
 def _truth(side: Side, work: Work, role: str, w: Tensor, grad: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -44,18 +45,22 @@ def in_turns(
     least: int = 5,
     clock: Callable[[Any, int], float] = timed,
 ) -> dict[str, list[float]]:
-    """Seconds per step of each side in every round (A B C, B C A, ...), after three rounds that do not count.
+    """Seconds per step of each side in every round, after three rounds that do not count.
+
+    Each second round has an order of its own, by chance but always the same, and the one after it is that order
+    backwards: who goes before whom, and leaves what in the cache, is nobody's advantage.
 
     ``clock`` takes ``repeat`` steps of a side and says how long one took. Ends after ``rounds`` of them, or when
     ``seconds`` are over and there have been ``least``.
     """
     names = list(sides)
     times: dict[str, list[float]] = {name: [] for name in names}
-    begun = time.monotonic()
+    begun, dice = time.monotonic(), random.Random(0)
     for turn in range(-3, rounds):
         if turn >= least and time.monotonic() - begun > seconds:
             break
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        names = names[::-1] if turn % 2 else dice.sample(names, len(names))
+        for name in names:
             took = clock(sides[name], repeat)
             if turn >= 0:
                 times[name].append(took)
