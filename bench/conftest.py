@@ -106,12 +106,13 @@ def keep(config: pytest.Config, line: dict[str, Any]) -> None:
 
 def environment() -> dict[str, Any]:
     """What the figures depend on."""
-    changes = git("status", "--porcelain", "--", ROOT, f":!{RESULTS}")  # the record grows while it is written
+    # the record grows while it is written
+    changes = git("status", "--porcelain", "--", ":(top)", ":(top,exclude)bench/results")
     commit = git("rev-parse", "--short", "HEAD") + ("+changes" if changes else "")
     return {**command.environment(), "commit": commit, "cores": os.cpu_count()}
 
 
-def git(*arguments: str | Path) -> str:
+def git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 

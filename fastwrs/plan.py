@@ -264,6 +264,8 @@ def checked_mask(group: Group, g: int, i: int, axis: Axis | None) -> int:
         return 0
     if is_flat(param):
         raise ValueError(f"{label(group, g, i)}: it is {FLAT}")
+    if group["rescale"] and (why := why_not_target(param, group["rescale"].target)):
+        raise ValueError(f"{label(group, g, i)}: {why}")
     try:
         if param.is_complex():
             raise ValueError("complex parameters are not rescaled or shrunk")
@@ -311,6 +313,13 @@ def why_not_dtype(tensor: Tensor) -> str | None:
     if str(tensor.dtype).removeprefix("torch.") in PROJECTED:
         return None
     return f"dtype {tensor.dtype} is not supported; allowed: {', '.join(PROJECTED)}"
+
+
+def why_not_target(tensor: Tensor, target: float) -> str | None:
+    """Why no group of a tensor can have this norm, or None if it can."""
+    if not tensor.is_floating_point() or target <= (largest := torch.finfo(tensor.dtype).max):
+        return None
+    return f"a target of {target:g} is beyond {tensor.dtype}, whose largest number is {largest:g}"
 
 
 @functools.cache

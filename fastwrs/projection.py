@@ -12,7 +12,16 @@ from torch.nn.parameter import is_lazy
 
 from fastwrs import dispatch
 from fastwrs.options import Axis, axis_mask, checked_axis, checked_real, masked_dims
-from fastwrs.plan import LAZY, PROJECTED, name_of, overlapping, overlaps_itself, why_not_dtype, why_not_plain
+from fastwrs.plan import (
+    LAZY,
+    PROJECTED,
+    name_of,
+    overlapping,
+    overlaps_itself,
+    why_not_dtype,
+    why_not_plain,
+    why_not_target,
+)
 
 
 @torch.no_grad()
@@ -48,6 +57,8 @@ def rescale_(tensors: Tensor | Iterable[Tensor], axis: Axis = "out", target: flo
     given = _listed(tensors, "rescale_")
     masks = _masks(given, axis, "rescale_")
     for k, tensor in enumerate(given):
+        if why := why_not_target(tensor, target):
+            raise ValueError(f"rescale_: {_name(given, k)}: {why}")
         if overlaps_itself(tensor):
             raise ValueError(f"rescale_: {_name(given, k)} overlaps itself in memory (strides {tensor.stride()})")
     once = list({id(tensor): k for k, tensor in enumerate(given)}.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -163,6 +164,7 @@ class WeightRescaler:
         """Gives the projector the param groups of the optimizer as they are now."""
         theirs = self.optimizer.param_groups
         if not self._projector.knows(theirs):
+            self._warn_of_strangers()
             self._projector.follow(theirs, [self._places(group, g) for g, group in enumerate(theirs)])
         for mine, group in zip(self._projector.param_groups, theirs, strict=True):
             lr = group.get("lr")
@@ -170,8 +172,21 @@ class WeightRescaler:
             # would wait for that.
             mine["lr"] = lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(bool(lr != 0))
 
+    def _warn_of_strangers(self) -> None:
+        """Of parameters that were asked for and that the optimizer has no longer, or others in their place."""
+        here = {id(param) for group in self.optimizer.param_groups for param in group["params"]}
+        for k, param in enumerate(self._params or ()):
+            if id(param) not in here:
+                warnings.warn(
+                    f"WeightRescaler: params[{k}] (shape {tuple(param.shape)}) is none of the optimizer's any "
+                    "more, and is not rescaled",
+                    stacklevel=4,
+                )
+
     def _places(self, group: Mapping[str, Any], g: int) -> list[int]:
         """Which parameters of a group are rescaled."""
+        if group.get("differentiable"):
+            raise ValueError(f"WeightRescaler: param_groups[{g}] is differentiable, which a step in place is not")
         if self._params is not None:
             chosen = set(map(id, self._params))
             return [i for i, param in enumerate(group["params"]) if id(param) in chosen]

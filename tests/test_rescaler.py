@@ -349,8 +349,34 @@ def test_an_optimizer_that_holds_another_one() -> None:
     assert held(optimizer, 1.0)
 
 
+def test_a_parameter_that_was_asked_for_and_is_replaced() -> None:
+    """As by code that puts its own in the place of a model's."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    WeightRescaler(optimizer, Rescale(), matrices(model))
+    mine = optimizer.param_groups[0]["params"]
+    place = next(i for i, param in enumerate(mine) if param is matrices(model)[0])
+    mine[place] = nn.Parameter(mine[place].detach().clone())
+    with pytest.warns(UserWarning, match=r"params\[0\] \(shape \(12, 6\)\) is none of the optimizer's any more"):
+        optimizer.step()
+
+
+def test_targets_beyond_the_range_of_a_dtype() -> None:
+    weight = nn.Parameter(torch.ones(2, 3, dtype=torch.float16))
+    says = r"\(shape \(2, 3\)\): a target of 1e\+06 is beyond torch.float16, whose largest number is 65504"
+    with pytest.raises(ValueError, match=says):
+        WeightRescaler(torch.optim.SGD([weight], lr=0.1), Rescale(target=1e6))
+    with pytest.raises(ValueError, match=says):
+        fastwrs.SGD([weight], lr=0.1, rescale=Rescale(target=1e6))
+    with pytest.raises(ValueError, match=r"tensors\[0\] of shape \(2, 3\): a target of 1e\+06 is beyond"):
+        fastwrs.rescale_(weight, target=1e6)
+    assert bool((weight == 1).all())
+
+
 def test_bad_arguments() -> None:
     model = network()
+    with pytest.raises(ValueError, match=r"WeightRescaler: param_groups\[0\] is differentiable"):
+        WeightRescaler(torch.optim.SGD(model.parameters(), lr=0.1, differentiable=True), Rescale())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     bad: Any
     with pytest.raises(TypeError, match="optimizer must be an Optimizer, got Sequential"):
