@@ -301,7 +301,9 @@ def dtypes_of(param: Tensor, grad: Tensor, states: Sequence[Tensor]) -> Triple:
     triples = [(name_of(param.dtype), name_of(grad.dtype), name_of(kind)) for kind in kinds]
     if len(triples) == 1 and triples[0] in DTYPE_TRIPLES:
         return triples[0]
-    raise ValueError(f"dtypes (param, grad, state) are {_listed(triples)}; allowed: {_listed(DTYPE_TRIPLES)}")
+    given = [tuple(str(dtype).removeprefix("torch.") for dtype in (param.dtype, grad.dtype, kind)) for kind in kinds]
+    allowed = "the parts of complex numbers may be" if param.is_complex() else "allowed"
+    raise ValueError(f"dtypes (param, grad, state) are {_listed(given)}; {allowed}: {_listed(DTYPE_TRIPLES)}")
 
 
 PROJECTED: dict[str, Triple] = {triple[0]: triple for triple in DTYPE_TRIPLES if triple[0] == triple[1]}
@@ -328,7 +330,7 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype.to_real() if dtype.is_complex else dtype).removeprefix("torch.")
 
 
-def _listed(triples: Iterable[Triple]) -> str:
+def _listed(triples: Iterable[Sequence[str]]) -> str:
     return ", ".join(f"({', '.join(triple)})" for triple in triples)
 
 

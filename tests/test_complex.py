@@ -181,6 +181,14 @@ def test_what_is_refused() -> None:
         fastwrs.AdamW([weight], state_dtype=torch.bfloat16)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_halves_are_refused_by_their_own_name() -> None:
+    half = nn.Parameter(torch.zeros(2, 2, dtype=torch.complex32))
+    half.grad = torch.zeros_like(half)
+    with pytest.raises(ValueError, match=r"are \(complex32, complex32, complex32\); the parts of complex numbers may be"):
+        fastwrs.SGD([half], lr=0.1, momentum=0.9).step()
+
+
 def test_gradients_that_are_conjugate_views() -> None:
     """As autograd leaves them behind a product with a conjugate."""
     params = []

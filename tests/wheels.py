@@ -21,6 +21,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +82,8 @@ def call(what: str, *command: str | Path, cwd: Path, **environment: str) -> str:
     if done.returncode:
         print(done.stdout, flush=True)
         died = f" (signal {-done.returncode})" if done.returncode < 0 else ""
-        raise FailedError(what + died)
+        last = [f": {line.strip()}" for line in done.stdout.splitlines() if line.strip()][-1:]
+        raise FailedError("".join([what, died, *last]))
     return done.stdout
 
 
@@ -236,6 +238,14 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
+def header(dist: Path, built: bool) -> str:
+    """When and where, and what was built: of files that were there before nobody knows."""
+    commit = "" if built else call("git", "git", "describe", "--always", "--dirty", cwd=ROOT).strip()
+    of_what = f"of commit {commit}" if commit else f"built before, in {dist.name}/"
+    today = datetime.now(timezone.utc).date()
+    return f"{today}, Linux {platform.machine()}, {' '.join(platform.libc_ver())}, {of_what}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Builds sdist and wheels and tries them in empty environments.")
     parser.add_argument("--pythons", nargs="+", default=PYTHONS, help="versions such as 3.12, or commands")
@@ -264,8 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for python in asked.pythons:
         for torch in asked.torches:
             try_in_one(python, torch, wheels, say)
-    libc = " ".join(platform.libc_ver())
-    text = "\n".join([f"Linux {platform.machine()}, {libc}", *lines, table(rows)])
+    text = "\n".join([header(dist, asked.built), *lines, table(rows)])
     print(f"\n{text}", flush=True)
     if asked.log:
         with asked.log.open("a", encoding="utf-8") as log:
