@@ -185,7 +185,8 @@ def test_what_is_refused() -> None:
 def test_halves_are_refused_by_their_own_name() -> None:
     half = nn.Parameter(torch.zeros(2, 2, dtype=torch.complex32))
     half.grad = torch.zeros_like(half)
-    with pytest.raises(ValueError, match=r"are \(complex32, complex32, complex32\); the parts of complex numbers may be"):
+    says = r"are \(complex32, complex32, complex32\); the parts of complex numbers may be"
+    with pytest.raises(ValueError, match=says):
         fastwrs.SGD([half], lr=0.1, momentum=0.9).step()
 
 
