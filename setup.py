@@ -99,7 +99,8 @@ def listed_arches(arches: str) -> list[tuple[str, str, str]]:
         if not match:
             raise SystemExit(f"fastwrs: TORCH_CUDA_ARCH_LIST has {arch!r}; allowed are numbers like 8.0 or 9.0+PTX")
         if (int(match[1]), int(match[2])) < OLDEST_ARCH:
-            raise SystemExit(f"fastwrs: TORCH_CUDA_ARCH_LIST has {arch!r}; the kernels need 7.5 or later")
+            oldest = ".".join(map(str, OLDEST_ARCH))
+            raise SystemExit(f"fastwrs: TORCH_CUDA_ARCH_LIST has {arch!r}; the kernels need {oldest} or later")
         found.append((match[1], match[2], match[3] or ""))
     return found
 
@@ -219,8 +220,8 @@ class BuildExtension(build_ext):
     """Runs ninja instead of distutils' compiler, or leaves the extension out and says why."""
 
     def run(self) -> None:
-        required = "1" in (switch("FASTWRS_CPU"), switch("FASTWRS_CUDA"))  # one library has both
-        reason = self.why_not() if switch("FASTWRS_CPU") != "0" else "FASTWRS_CPU=0"
+        wanted = switch("FASTWRS_CPU"), switch("FASTWRS_CUDA")  # one library has both
+        reason = "FASTWRS_CPU=0" if wanted[0] == "0" else self.why_not()
         package = Path(__file__).resolve().parent / "fastwrs"
         if not (self.inplace or self.editable_mode):
             package = Path(self.build_lib).resolve() / "fastwrs"
@@ -229,7 +230,7 @@ class BuildExtension(build_ext):
         (package / NOTE).unlink(missing_ok=True)
         if reason is None:
             super().run()
-        elif required:
+        elif "1" in wanted:
             raise SystemExit(f"fastwrs: cannot build the C++ extension: {reason}")
         else:
             print(f"fastwrs: built without the C++ extension: {reason}", file=sys.stderr)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import os
 import shutil
@@ -22,10 +21,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import gpu_record
 
 from fastwrs.benchmark.lists import LISTS
 from fastwrs.benchmark.sides import OPTIONS
@@ -65,22 +66,14 @@ class Change:
         return "faster" if self.new.high < self.old.low else ""
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The lines of a record; the last one may have been cut off."""
-    texts = path.read_text(encoding="utf-8").splitlines()
-    with suppress(json.JSONDecodeError):
-        return [json.loads(text) for text in texts if text.strip()]
-    return [json.loads(text) for text in texts[:-1] if text.strip()]
-
-
-def read(path: Path) -> dict[str, Ratio]:
+def read(lines: list[dict[str, Any]]) -> dict[str, Ratio]:
     """The ratios of a record by name: the last line of each, as ours over another side.
 
     Not a number where a side was refused; MB where it is memory.
     """
     found = {}
-    for line in lines_of(path):
-        where = [part for part in (line.get("device", "cpu"),) if part != "cpu"]
+    for line in lines:
+        where = [] if line.get("device", "cpu") == "cpu" else [line["device"]]
         if "to_fused" in line:
             name = "/".join([*where, line["list"], line["precision"], line["rule"], line["side"]])
             found[name] = Ratio(**line["to_fused"])
@@ -107,11 +100,12 @@ def inverse(line: dict[str, Any]) -> bool:
 
 def of_records(old: Path, new: Path) -> list[Change]:
     """The lines that both records have. What else tells them apart is printed."""
-    before, after = read(old), read(new)
+    lines = gpu_record.read(old), gpu_record.read(new)
+    before, after = map(read, lines)
     if missing := [name for name in before if name not in after]:
         print(f"not in {new}: {', '.join(missing)}")
     for key in ("cpu", "gpu", "isa", "threads", "torch", "elements"):
-        one, other = (sorted({str(line[key]) for line in lines_of(path) if key in line}) for path in (old, new))
+        one, other = (sorted({str(line[key]) for line in record if key in line}) for record in lines)
         if one != other:
             print(f"another {key}: {', '.join(one)} before, {', '.join(other)} now")
     return [Change(name, before[name], after[name]) for name in before if name in after]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -11,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import gpu_record
 import pytest
 import tables
 
@@ -99,9 +99,7 @@ def keep(config: pytest.Config, line: dict[str, Any]) -> None:
     line |= config.stash[WHERE]
     config.stash[LINES].append(line)
     if config.getoption("--record"):
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(line) + "\n")
+        gpu_record.append(RESULTS, [line])
 
 
 def environment() -> dict[str, Any]:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from compare import inverse, lines_of
+import gpu_record
+from compare import inverse
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = ROOT / "bench/results/step.jsonl", ROOT / "docs/benchmarks.md"
@@ -24,7 +25,7 @@ Line = dict[str, Any]
 def read(path: Path) -> list[Line]:
     """The last line of each name, in the order of the last run."""
     found: dict[tuple[Any, ...], Line] = {}
-    for line in lines_of(path):
+    for line in gpu_record.read(path):
         key = tuple(line.get(part) for part in ("kind", "list", "rule", "precision", "device", "side", "name", "why"))
         found.pop(key, None)
         found[key] = line

@@ -103,6 +103,12 @@ def test_a_torch_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     assert library.why_not.__wrapped__() == "the C++ extension needs torch 2.10 or later, this is 2.9.1+cpu"
 
 
+def test_the_oldest_torch_is_the_one_that_is_built_for() -> None:
+    major, minor = library.OLDEST_TORCH
+    assert int(mutants.setup_module(ROOT).TORCH_TARGET, 16) == major << 56 | minor << 48
+    assert f'"torch>={major}.{minor}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
 def test_sources_that_were_not_built_say_so(tmp_path: Path) -> None:
     assert f"no C++ extension in {tmp_path}: `pip install --no-build-isolation -e .`" in library._why_not_built(
         tmp_path

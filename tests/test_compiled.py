@@ -156,7 +156,11 @@ def test_the_table_in_the_docs_is_up_to_date(builds: Builds) -> None:
     head = next(row for row in rows if row[0] == "kernel")
     on_the_page = {row[0]: dict(zip(head, row, strict=True)) for row in rows if len(row) == len(head)}
     for code in sass.unique(builds.everything()):
-        assert on_the_page[str(code.kernel)][code.arch] == sass.cell_of(code), code
+        row = on_the_page[str(code.kernel)]
+        assert row[code.arch] == sass.cell_of(code), code
+        loads, stores = sass.loads_and_stores(code)
+        assert loads in row["loads"].split(" or ") and stores in row["stores"].split(" or "), code
+    assert sass.shared_table([]) in written
 
 
 @pytest.mark.parametrize(

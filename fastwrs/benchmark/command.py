@@ -88,7 +88,6 @@ def why_not_written(options: argparse.Namespace) -> str:
             if why := drawing.why_not(options.plot):
                 return f"--plot {options.plot}: {why}"
             options.plot.parent.mkdir(parents=True, exist_ok=True)
-            options.plot.open("ab").close()
     except OSError as error:
         return str(error)
     return ""
