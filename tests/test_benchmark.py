@@ -278,19 +278,32 @@ def test_tables_of_sides_and_memory() -> None:
 
 
 def test_two_builds_take_turns(tmp_path: Path) -> None:
-    """Both are copies of what is installed here; one of them takes every step three times."""
+    """Both are copies of what is installed here; one of them takes every step three times.
+
+    Their clock is the count of what they took, so that whatever else the machine does changes nothing.
+    """
     assert library.why_not() is None
-    old, new = (tmp_path / name for name in ("old", "new"))
-    for tree in (old, new):
-        shutil.copytree(ROOT / "fastwrs", tree / "fastwrs", ignore=shutil.ignore_patterns("__pycache__"))
-    base = new / "fastwrs" / "dispatch.py"
-    once = "    backend.step(call, dry_run)"
-    assert base.read_text().count(once) == 1
-    base.write_text(base.read_text().replace(once, "\n".join([once] * 3)))
-    found = list(compare.of_trees(old, new, ["tiny"], ["SGD"], rounds=5))
+    trees = {"old": 1, "new": 3}
+    for name, times in trees.items():
+        package = tmp_path / name / "fastwrs"
+        shutil.copytree(ROOT / "fastwrs", package, ignore=shutil.ignore_patterns("__pycache__"))
+        step = "    backend.step(call, dry_run)\n"
+        replace_once(package / "dispatch.py", step, f"{step}    TAKEN.append(call)\n" * times)
+        with (package / "dispatch.py").open("a") as file:
+            file.write("\n\nTAKEN = []\n")
+        clock = package / "benchmark" / "turns.py"
+        clock.write_text(clock.read_text().replace("time.perf_counter()", "len(dispatch.TAKEN)"))
+        replace_once(clock, "from typing import Any\n", "from typing import Any\n\nfrom fastwrs import dispatch\n")
+    found = list(compare.of_trees(*(tmp_path / name for name in trees), ["tiny"], ["SGD"], rounds=5))
     assert [change.name for change in found] == ["tiny SGD plain", "tiny SGD WRS"]
-    assert [change.verdict for change in found] == ["SLOWER", "SLOWER"]
+    assert [(change.new.low, change.new.high, change.verdict) for change in found] == [(3.0, 3.0, "SLOWER")] * 2
     assert (ROOT / "fastwrs" / "benchmark" / "sides.py").is_file()
+
+
+def replace_once(file: Path, old: str, new: str) -> None:
+    """Edits a copy of the source."""
+    assert file.read_text().count(old) == 1
+    file.write_text(file.read_text().replace(old, new))
 
 
 def test_the_module_is_a_command() -> None:
