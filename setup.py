@@ -132,13 +132,12 @@ def ninja_file(compiler: str, torch: Path, output: Path) -> str:
         return in_ninja(root / source)
 
     emulated = os.environ.get("FASTWRS_EMULATED") == "1"
-    optimise = "-O3 -g0"
-    link = ""
-    if sanitizer := os.environ.get("FASTWRS_SANITIZE"):
-        optimise = f"-O1 -g {SANITIZERS[sanitizer]} -fno-omit-frame-pointer"
-        link = SANITIZERS[sanitizer]
+    sanitizer = os.environ.get("FASTWRS_SANITIZE")
+    link = SANITIZERS[sanitizer] if sanitizer else ""
+    optimise = f"-O1 -g1 {link} -fno-omit-frame-pointer" if sanitizer else "-O3 -g0"
     includes = f"-isystem {in_command(torch / 'include')} -isystem {in_command(sysconfig.get_paths()['include'])}"
-    isas = ISA_FLAGS if is_x86() and not emulated else {"plain": ""}  # emulated: no step is taken by the leaves
+    # Emulated, no step is taken by the leaves; to a sanitizer they are the same loops, which it keeps from vectors.
+    isas = ISA_FLAGS if is_x86() and not emulated and not sanitizer else {"plain": ""}
     defines = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}" + (" -DFASTWRS_WITH_X86" if len(isas) > 1 else "")
     nvcc = None if emulated else cuda_compiler()
     if nvcc or emulated:

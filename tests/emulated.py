@@ -1,8 +1,8 @@
 """The CUDA kernels in an emulator on the CPU: how tests call them. Needs an extension that was built for that.
 
-``python tests/emulated.py THREADS [TRIPLE ...]`` runs the cases that are meant for ThreadSanitizer, and for kernels
-that were broken on purpose: all kernels and axes at sizes that take no time, in blocks of so many threads, of two
-triples of dtypes or of those that are named.
+``python tests/emulated.py THREADS`` runs the cases that are meant for ThreadSanitizer, and for kernels that were broken
+on purpose: all kernels and axes at sizes that take no time, in blocks of so many threads, of two triples of dtypes.
+Without arguments it is a server that does that for other builds, and for the triples that it is told (forked.py).
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import forked
 import tolerances
 import torch
 from calls import Call, same
 from cases import DTYPES, PROJECTIONS, Case, TensorCase, select
+from mutants import by_turns
 
 from fastwrs import dispatch, library
 
-PASSED = "all cases passed"
 CUDA: Any = dispatch._MODULES["cuda"]
 TICKETS = CUDA.TICKET_BYTES // 4
 
@@ -81,7 +82,7 @@ def small_cases(triples: Sequence[int] = (0, 2)) -> list[Case]:
     """One triple of 32 bits and one of 16, or others, over all kernels and axes."""
     rescale = (tuple(PROJECTIONS["rescale"].items()),)
     full = Case("full", "sgd", (TensorCase((2, 3)),) * 510, DTYPES[triples[0]], rescale, measured=False)
-    return [full, *(case for case in select(70000) if case.dtypes in [DTYPES[k] for k in triples])]
+    return [full, *by_turns([case for case in select(70000) if case.dtypes in [DTYPES[k] for k in triples]])]
 
 
 def norm_error(length: int) -> float:
@@ -105,8 +106,8 @@ def main(threads: str, *triples: str) -> None:
         check(case, every=1 + len(case.tensors) // 50)
     for length in (28672, 100001):
         assert norm_error(length) <= tolerances.NORM_BOUND[torch.float32], f"norms of {length} equal elements"
-    print(f"{len(cases)} cases: {PASSED}")
+    print(f"{len(cases)} cases passed")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:]) if sys.argv[1:] else forked.serve(main)

@@ -8,24 +8,28 @@ own that loads the faulty extension.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
-import traceback
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
+
+import forked
+
+if TYPE_CHECKING:
+    from cases import Case
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 PATCHING = threading.Lock()
 TRIPLES = re.compile(r"(#define FASTWRS_DTYPE_TRIPLES\(X\)).*?\n(?=\n)", re.DOTALL)
 FEW = (("float",) * 3, ("bfloat16", "bfloat16", "float"), ("float16", "float16", "float"))
-LOADED, PASSED = "the extension under test is loaded", "all tests passed"
 
 
 class Mutant(NamedTuple):
@@ -35,6 +39,8 @@ class Mutant(NamedTuple):
     file: str
     old: str
     new: str
+    triples: int = 1
+    """How many of ``FEW`` it is compiled for, and put to the tests with: one, unless others see the fault alone."""
 
 
 def _adam(name: str, old: str, new: str) -> Mutant:
@@ -57,8 +63,8 @@ def _gate(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "csrc/norms/gate.h", old, new)
 
 
-def _shift(name: str, old: str, new: str) -> Mutant:
-    return Mutant(name, "csrc/norms/shift.h", old, new)
+def _shift(name: str, old: str, new: str, triples: int = 1) -> Mutant:
+    return Mutant(name, "csrc/norms/shift.h", old, new, triples)
 
 
 def _shifted(name: str, old: str, new: str) -> Mutant:
@@ -85,8 +91,8 @@ def _origin(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "csrc/cpu/origin.h", old, new)
 
 
-def _updates(name: str, old: str, new: str) -> Mutant:
-    return Mutant(name, "csrc/cpu/leaf_updates.h", old, new)
+def _updates(name: str, old: str, new: str, triples: int = 1) -> Mutant:
+    return Mutant(name, "csrc/cpu/leaf_updates.h", old, new, triples)
 
 
 def _sums(name: str, old: str, new: str) -> Mutant:
@@ -134,7 +140,7 @@ MUTANTS = (
     ),
     _shift("a deviation of n, not n - 1", "length - 1", "length"),
     _shift("eps * s, not eps / s", "quotient(eps, deviation)", "eps * deviation"),
-    _shift("constant channels are shifted", "squares <= 0 ? T(0) :", ""),
+    _shift("constant channels are shifted", "squares <= 0 ? T(0) :", "", triples=2),
     _shift("sums that cancel", "return first + quotient(sum, count);", "return first * 0;"),
     _shift("squares about the origin", "- average * sums[kDistance]", ""),
     _shift("a mean without its origin", "*mean = origin + average", "*mean = average"),
@@ -182,6 +188,7 @@ MUTANTS = (
         "weights that are not updated are not widened",
         "if (kUpdates<Rule> || !std::is_same_v<P, C>)",
         "if (kUpdates<Rule>)",
+        triples=2,
     ),
     _updates(
         "u is measured by the gradient",
@@ -211,12 +218,13 @@ MUTANTS = (
         "[size, &geometry](char* memory, const char* from, int64_t count, int64_t stride) {\n"
         "stride = geometry.walk.back().stride[0];",
     ),
-    Mutant("bfloat16 is cut off", "csrc/core/dtypes.h", "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16"),
+    Mutant("bfloat16 is cut off", "csrc/core/dtypes.h", "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16", triples=2),
     Mutant(
         "float16 is cut off",
         "csrc/core/dtypes.h",
         "(a + 0xfffu + ((a >> 13) & 1u) - (112u << 23)) >> 13",
         "(a - (112u << 23)) >> 13",
+        triples=3,
     ),
     # the call
     _bindings("found_inf is compared with 1", "job.found_inf.value != 0", "job.found_inf.value == 1"),
@@ -244,14 +252,14 @@ def setup_module(folder: Path) -> ModuleType:
     return module
 
 
-def copy_of_the_package(folder: Path) -> Path:
+def copy_of_the_package(folder: Path, triples: int) -> Path:
     """What a build needs, in a folder: csrc and setup.py, and fastwrs in lib, where the extension comes to lie.
 
-    Its steps take the triples of dtypes in FEW alone, which is quicker to compile.
+    Its steps take the first triples of dtypes of FEW alone, which is quicker to compile.
     """
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     dtypes = folder / "csrc/core/dtypes.h"
-    few = " ".join(f"X({', '.join(triple)})" for triple in FEW)
+    few = " ".join(f"X({', '.join(triple)})" for triple in FEW[:triples])
     text, count = TRIPLES.subn(rf"\1 {few}\n", dtypes.read_text(encoding="utf-8"))
     assert count == 1
     dtypes.write_text(text, encoding="utf-8")
@@ -280,92 +288,41 @@ def build(folder: Path, mutant: Mutant | None = None, **environment: str) -> str
             rules = setup.ninja_file(setup.find_compiler(), setup.find_torch(), target)
     objects = folder / "objects"
     objects.mkdir(exist_ok=True)
-    rules = re.sub("-O[13]( -g)?", "-O0", rules.replace(str(folder.resolve()), ".."))
+    rules = re.sub("-O[13]( -g1)?", "-O0", rules.replace(str(folder.resolve()), ".."))
     (objects / "build.ninja").write_text(rules, encoding="utf-8")
     ninja = [*setup.BuildExtension.find_ninja(), "-C", str(objects), "-j1"]
     done = subprocess.run(ninja, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr if done.returncode else None
 
 
-class Server:
-    """Puts extensions to the tests: forks a process for each, which saves them importing torch."""
-
-    def __init__(self, folder: Path, **environment: str) -> None:
-        env = {name: value for name, value in os.environ.items() if not name.startswith("FASTWRS_")}
-        env |= {"PYTHONPATH": str(folder / "lib"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, str(Path(__file__).resolve())]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, cwd=folder, env=env | environment, stdin=pipe, stdout=pipe, text=True)
-
-    def test(self, folder: Path) -> str:
-        """What a process printed that tested the extension of a folder; ends with PASSED if all went well."""
-        asked, answered = self.process.stdin, self.process.stdout
-        assert asked is not None
-        assert answered is not None
-        print(folder, file=asked, flush=True)
-        code = answered.readline().strip()
-        assert code, f"the server has died: {self.process.wait()}"
-        said = (folder / "said.txt").read_text(encoding="utf-8")
-        assert f"{LOADED} {folder}/" in said, said  # another extension would prove nothing
-        assert (code == "0") == said.endswith(PASSED + "\n"), said
-        return said
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.process.communicate()
+def by_turns(cases: list[Case]) -> list[Case]:
+    """Each rule and theme in turn, so that a fault that few cases see does not wait for the end of the list."""
+    piles: dict[tuple[str, str], list[Case]] = {}
+    for case in cases:
+        piles.setdefault((case.rule, case.theme), []).append(case)
+    return [case for turn in itertools.zip_longest(*piles.values()) for case in turn if case is not None]
 
 
-def serve() -> None:
-    """Reads folders and answers with exit codes."""
-    importlib.import_module("test_cpu")  # what is slow to import
-    package = importlib.import_module("fastwrs")
-    for line in sys.stdin:
-        folder = Path(line.strip())
-        child = os.fork()
-        if child == 0:
-            said = os.open(folder / "said.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-            os.dup2(said, 1)
-            os.dup2(said, 2)
-            package.__path__[:] = [str(folder / "lib/fastwrs")]
-            code = 1
-            try:
-                face_the_tests()
-                code = 0
-            except BaseException:
-                sys.stdout.flush()
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
-def face_the_tests() -> None:
+def face_the_tests(triples: tuple[tuple[str, ...], ...]) -> None:
     """The tests that every mutant faces: all cases of a step, projections, norms. Raises at the first that fails."""
     import test_cpu
     from calls import one_thread
     from cases import CASES
 
-    from fastwrs import library
-
-    library.load()
-    print(LOADED, sys.modules["fastwrs._C"].__file__, flush=True)
-    few = {tuple({"float": "float32", "double": "float64"}.get(name, name) for name in triple) for triple in FEW}
+    few = {tuple({"float": "float32", "double": "float64"}.get(name, name) for name in triple) for triple in triples}
     tests = []
     for name, dtype in test_cpu.FLOATS.items():
         tests += [(test_cpu.test_rescale_op, (dtype,)), (test_cpu.test_channel_norms_op, (dtype,))]
         if name in {triple[0] for triple in few}:
             tests += [(test_cpu.test_norms_after_a_rescale, (28_672, axis, dtype)) for axis in ("out", "tensor", (0,))]
-    # each seventh first, so that a fault that few cases see does not wait for the end of the list
-    cases = [case for case in CASES if case.dtypes in few]
-    steps = [(test_cpu.test_step, (case,)) for first in range(7) for case in cases[first::7]]
-    tests = steps[:50] + tests + steps[50:]
+    steps = [(test_cpu.test_step, (case,)) for case in by_turns([case for case in CASES if case.dtypes in few])]
+    tests = steps[:150] + tests + steps[150:]
     with one_thread():
         for test, arguments in tests:
             print(test.__name__, getattr(arguments[0], "id", arguments), flush=True)
             test(*arguments)
-    print(PASSED)
 
 
 if __name__ == "__main__":
-    serve()
+    importlib.import_module("test_cpu")  # what is slow to import
+    forked.serve(lambda triples: face_the_tests(FEW[: int(triples)]))

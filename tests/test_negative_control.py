@@ -13,11 +13,13 @@ from pathlib import Path
 import mutants
 import pytest
 import run_lanes
-from mutants import MUTANTS, OUT_OF_BOUNDS, PASSED, Mutant
+from forked import PASSED, Server
+from mutants import FEW, MUTANTS, OUT_OF_BOUNDS, Mutant
 
 pytestmark = pytest.mark.negative_control
-UNBROKEN = Mutant("unbroken", "", "", "")
+UNBROKEN = Mutant("unbroken", "", "", "", triples=len(FEW))
 SANITIZE = {"FASTWRS_SANITIZE": "address"}
+SCRIPT = Path(mutants.__file__)
 
 
 class Control:
@@ -25,24 +27,20 @@ class Control:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        workers = min(4, len(os.sched_getaffinity(0)))
-        self.pool = ThreadPoolExecutor(workers)
-        self.workers = range(workers)
-        self.servers: queue.SimpleQueue[mutants.Server] = queue.SimpleQueue()
+        self.pool = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))))
+        self.servers: queue.SimpleQueue[Server] = queue.SimpleQueue()
         self.verdicts: dict[Mutant, Future[str]] = {}
 
     def submit(self, asked: list[Mutant]) -> None:
-        self.base = self.pool.submit(self.build_base)
+        self.bases = {n: self.pool.submit(self.build_base, n) for n in {mutant.triples for mutant in asked}}
         for mutant in asked:
             self.verdicts[mutant] = self.pool.submit(self.verdict, mutant, len(self.verdicts))
 
-    def build_base(self) -> Path:
+    def build_base(self, triples: int) -> Path:
         """A build without a fault; one with a fault compiles only what the fault changes."""
-        base = mutants.copy_of_the_package(self.folder / "base")
+        base = mutants.copy_of_the_package(self.folder / f"base{triples}", triples)
         why = mutants.build(base)
         assert why is None, why
-        for _ in self.workers:
-            self.servers.put(mutants.Server(base))
         return base
 
     def verdict(self, mutant: Mutant, number: int) -> str:
@@ -50,18 +48,22 @@ class Control:
         folder = self.folder / f"mutant{number}"
         sanitize = SANITIZE if mutant in OUT_OF_BOUNDS else {}
         if sanitize:
-            mutants.copy_of_the_package(folder)
+            mutants.copy_of_the_package(folder, mutant.triples)
         else:
-            shutil.copytree(self.base.result(), folder)
+            base = self.bases[mutant.triples].result()
+            shutil.copytree(base, folder)
         why = mutants.build(folder, None if mutant == UNBROKEN else mutant, **sanitize)
         assert why is None, why
         if sanitize:
-            server = mutants.Server(folder, **run_lanes.sanitizer_environment())
-            said = server.test(folder)
+            server = Server(SCRIPT, folder / "lib", **run_lanes.sanitizer_environment())
+            said = server.test(folder / "lib", mutant.triples)
             server.close()
         else:
-            server = self.servers.get()
-            said = server.test(folder)
+            try:
+                server = self.servers.get_nowait()
+            except queue.Empty:  # one for each worker
+                server = Server(SCRIPT, base / "lib")
+            said = server.test(folder / "lib", mutant.triples)
             self.servers.put(server)
         shutil.rmtree(folder)
         return said
