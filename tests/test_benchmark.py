@@ -283,9 +283,9 @@ def test_two_builds_take_turns(tmp_path: Path) -> None:
     Their clock is the count of what they took, so that whatever else the machine does changes nothing.
     """
     assert library.why_not() is None
-    trees = {"old": 1, "new": 3}
-    for name, times in trees.items():
-        package = tmp_path / name / "fastwrs"
+    old, new = (tmp_path / name for name in ("old", "new"))
+    for tree, times in ((old, 1), (new, 3)):
+        package = tree / "fastwrs"
         shutil.copytree(ROOT / "fastwrs", package, ignore=shutil.ignore_patterns("__pycache__"))
         step = "    backend.step(call, dry_run)\n"
         replace_once(package / "dispatch.py", step, f"{step}    TAKEN.append(call)\n" * times)
@@ -294,7 +294,7 @@ def test_two_builds_take_turns(tmp_path: Path) -> None:
         clock = package / "benchmark" / "turns.py"
         clock.write_text(clock.read_text().replace("time.perf_counter()", "len(dispatch.TAKEN)"))
         replace_once(clock, "from typing import Any\n", "from typing import Any\n\nfrom fastwrs import dispatch\n")
-    found = list(compare.of_trees(*(tmp_path / name for name in trees), ["tiny"], ["SGD"], rounds=5))
+    found = list(compare.of_trees(old, new, ["tiny"], ["SGD"], rounds=5))
     assert [change.name for change in found] == ["tiny SGD plain", "tiny SGD WRS"]
     assert [(change.new.low, change.new.high, change.verdict) for change in found] == [(3.0, 3.0, "SLOWER")] * 2
     assert (ROOT / "fastwrs" / "benchmark" / "sides.py").is_file()

@@ -46,11 +46,11 @@ class Control:
     def verdict(self, mutant: Mutant, number: int) -> str:
         """What is said where the mutant is put to the tests."""
         folder = self.folder / f"mutant{number}"
+        base = self.bases[mutant.triples].result()
         sanitize = SANITIZE if mutant in OUT_OF_BOUNDS else {}
         if sanitize:
             mutants.copy_of_the_package(folder, mutant.triples)
         else:
-            base = self.bases[mutant.triples].result()
             shutil.copytree(base, folder)
         why = mutants.build(folder, None if mutant == UNBROKEN else mutant, **sanitize)
         assert why is None, why
