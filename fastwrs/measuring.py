@@ -78,7 +78,13 @@ def rows_of(params: list[Tensor], axes: list[int], known: Rows | None) -> Rows:
     return known if known is not None and known.counts == counts else Rows(params, counts)
 
 
-def buffer_for(rows: Rows, device: torch.device) -> Tensor | None:
-    """The buffer that a launch fills, None if nothing in it has norm groups. NaN says that a figure was not taken."""
-    total = sum(rows.counts)
-    return torch.full((total, len(MEASURED)), math.nan, dtype=torch.float32, device=device) if total else None
+def buffer_for(rows: Rows, device: torch.device, may_skip: bool) -> Tensor | None:
+    """The buffer that a launch fills, None if nothing in it has norm groups.
+
+    NaN says that a figure was not taken, as in a step that is skipped; one that cannot be writes every figure.
+    """
+    shape = sum(rows.counts), len(MEASURED)
+    if shape[0] == 0:
+        return None
+    buffer = torch.empty(shape, dtype=torch.float32, device=device)
+    return buffer.fill_(math.nan) if may_skip else buffer

@@ -206,7 +206,7 @@ class FusedOptimizer(Optimizer):
             measured = None
             if scope:
                 rows = bundle.rows[scope] = rows_of(bundle.params, axes, bundle.rows.get(scope))
-                measured = buffer_for(rows, device)
+                measured = buffer_for(rows, device, may_skip=found_inf is not None)
             call = StepCall(
                 records.rule.name,
                 *tensors,
