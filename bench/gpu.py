@@ -32,6 +32,7 @@ from gpu_record import Line, append, environment, quartiles
 import fastwrs
 from fastwrs.benchmark import plot
 from fastwrs.benchmark import sides as contenders
+from fastwrs.benchmark.checks import check
 from fastwrs.benchmark.lists import LISTS, Param, shrunk
 from fastwrs.benchmark.plot import Panel
 from fastwrs.benchmark.sides import FUSED, PRECISIONS, Side, Step, Work, bytes_per_element, chunks
@@ -253,7 +254,7 @@ def compare(comparison: Comparison, setup: Setup, clock: Clock) -> Iterator[Line
             try:
                 work = Work.new(comparison.rule, precision, params, grads)
                 step = contenders.made(side, work)
-                faults = contenders.check(side, work, step)
+                faults = check(side, work, step)
             except Exception as error:  # a rival that cannot run here is no reason not to measure the others
                 yield common | {"kind": "failed", "side": side.name, "why": f"{type(error).__name__}: {error}"[:500]}
                 refused |= side.ours

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from fastwrs.benchmark import turns
+from fastwrs.benchmark.checks import check
 from fastwrs.benchmark.lists import Param, shrunk
-from fastwrs.benchmark.sides import FUSED, PRECISIONS, Side, Work, bytes_per_element, check, chunks, made, make_grads
+from fastwrs.benchmark.sides import FUSED, PRECISIONS, Side, Work, bytes_per_element, chunks, made, make_grads
 from fastwrs.benchmark.turns import Ratio, Step
 
 COPY = "copy"
