@@ -18,7 +18,7 @@ import pytest
 import torch
 from fuzz import live
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from life import Grad, Group, Life, Step, Weight
+from life import Grad, Group, Life, Scalar, Step, Weight
 from lives import lives
 
 import fastwrs
@@ -183,3 +183,29 @@ def test_a_step_across_equal_weights_cancels_in_what_a_gate_removes() -> None:
     rescaled: dict[str, Any] = {"rescale": fastwrs.Rescale(), "shrink": None}
     groups = Group((small, small), {}), Group((weight,), rescaled)
     live(Life("SGDP", {"eps": 0.001, "lr": 0.05}, groups, steps, named=False, state_dtype=None))
+
+
+def test_weights_that_cancel_are_scaled_with_what_rounding_has_left() -> None:
+    """Found by 20,000 lives from seed 12061101: 2,149 ulps, where terms counted as before the scaling."""
+    weight = Weight((3, 3, 5, 32), "float32", None, "c", "plain", 1e-9)
+    steps = tuple(
+        Step((Grad(data, "c"),), k, None, None, False) for data, k in (("plain", 0), ("large", 1), ("plain", 0))
+    )
+    options = {"weight_decay": 0.0, "momentum": 0.9, "lr": Scalar(0.04063, "float32", ())}
+    rescaled: dict[str, Any] = {"rescale": fastwrs.Rescale(start=2), "shrink": None}
+    live(Life("SGD", {}, (Group((weight,), options | rescaled),), steps, named=False, state_dtype=None))
+
+
+def test_powers_of_two_are_luck() -> None:
+    """Found by the same: 2.4 ulps, where the formula loses nothing with betas of 1/2."""
+    weight = Weight((37, 41), "float32", None, "c", "plain", 1.0)
+    options = {"weight_decay": 0.0, "decoupled_weight_decay": False, "lr": 0.09375, "betas": (Scalar(0.5), Scalar(0.5))}
+    steps = (Step((Grad("large", "c"),), 0, None, None, False),)
+    live(Life("Adam", {}, (Group((weight,), options),), steps, named=False, state_dtype=None))
+
+
+def test_a_gradient_that_cancels_the_decay_counts_as_it_is() -> None:
+    """Found by the same: 2.9 ulps, which the formula loses on these numbers, and not on others near them."""
+    weight = Weight((16, 3, 5), "float32", "bfloat16", "c", "const", 1.0)
+    steps = (Step((Grad("plain", "c"),), 0, None, None, False),) * 3
+    live(Life("Adam", {"weight_decay": 0.191}, (Group((weight,), {}),), steps, named=False, state_dtype=None))
