@@ -18,7 +18,7 @@ import pytest
 import torch
 from fuzz import live
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from life import Grad, Group, Life, Scalar, Step, Weight
+from life import Change, Grad, Group, Life, Scalar, Step, Weight
 from lives import lives
 
 import fastwrs
@@ -209,3 +209,12 @@ def test_a_gradient_that_cancels_the_decay_counts_as_it_is() -> None:
     weight = Weight((16, 3, 5), "float32", "bfloat16", "c", "const", 1.0)
     steps = (Step((Grad("plain", "c"),), 0, None, None, False),) * 3
     live(Life("Adam", {"weight_decay": 0.191}, (Group((weight,), {}),), steps, named=False, state_dtype=None))
+
+
+def test_what_all_but_vanishes_in_a_shrink_is_a_difference() -> None:
+    """Found by 20,000 lives from seed 22112026: 110 ulps, where the terms were shrunk with the weights."""
+    weight, small = (Weight(shape, "float32", None, "c", "plain", 1.0) for shape in ((31, 3, 5), (3,)))
+    step = Step((Grad("plain", "c"),), 0, None, None, False)
+    shrunk = Change(0, {"rescale": None, "shrink": fastwrs.Shrink(rate=0.6289, axis="tensor", power=2.0)})
+    group = Group((small, weight), {"lr": 0.05, "momentum": 0.9})
+    live(Life("SGD", {}, (group,), (step, shrunk, step, step), named=False, state_dtype=None))

@@ -6,7 +6,8 @@ formula loses when it is run in the kernel's compute type with the same final ro
 
 **Ulps of what.** Of the largest number that an element's result is a sum of: a sum cannot be better than its terms.
 
-- A parameter: ``max(|w before|, |lr * u|)`` times what the step is rescaled and shrunk by, or ``|w after|``.
+- A parameter: ``max(|w before|, |lr * u|)`` times the factor by which the step is rescaled, or ``|w after|``. Not that
+  by which it is shrunk: this one is itself a difference, of 1 and another number.
 - With a gate (AdamP, SGDP) the step is made of the states as they are stored, so the formula rounds them before.
 - What a gate takes out of the step is one more term of u, and of a state that is projected with it. It is itself a sum
   over the row, in which a step across the weights cancels: the sum of the magnitudes counts.
@@ -256,10 +257,10 @@ def _truth(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def _factors(right: reference.Result, dims: tuple[int, ...] | None) -> Tensor:
-    """What each weight is multiplied by after the update: what rounding has done before grows with it."""
+    """What each weight is rescaled by after the update: what rounding has done before grows with it."""
     if right.measured is None or dims is None:
         return torch.ones((), dtype=torch.float64)
-    factors = right.measured[:, MEASURED.index("rescale_factor")] * right.measured[:, MEASURED.index("shrink_factor")]
+    factors = right.measured[:, MEASURED.index("rescale_factor")]
     ndim = right.param.ndim
     reduced = {dim % ndim for dim in dims}
     kept = [size for dim, size in enumerate(right.param.shape) if dim not in reduced]
