@@ -25,7 +25,8 @@ themselves, of a crowd (copies of small tensors, each number moved by up to 3 %,
 and of the same crowd with another learning rate and other decay rates: powers of two lose nothing.
 
 **fp64.** Ulps are scale free: the formula's loss is measured in fp32 on inputs rounded to fp32, and counted in ulps of
-fp64. NaN and infinities have to be where the truth has them.
+fp64. Norms are summed in fp64 by the truth too, which is no better than a kernel there: weights that are rescaled get
+the bound on norms on top. NaN and infinities have to be where the truth has them.
 """
 
 from __future__ import annotations
@@ -172,6 +173,8 @@ def _found(
         slacks[name] = torch.zeros_like(losses[name])
         if name == "measured":
             slacks[name] += _norm_slack(inputs) * scales[name] / ulp(scales[name], torch.float32)
+        if name == "param" and tensor.dtype == torch.float64 and inputs.dims is not None and inputs.hyper["every"] > 0:
+            slacks[name] += NORM_BOUND[torch.float64] * scales[name] / ulp(scales[name], torch.float64)
     return truth, losses, slacks
 
 
