@@ -173,7 +173,8 @@ def _found(
         slacks[name] = torch.zeros_like(losses[name])
         if name == "measured":
             slacks[name] += _norm_slack(inputs) * scales[name] / ulp(scales[name], torch.float32)
-        if name == "param" and tensor.dtype == torch.float64 and inputs.dims is not None and inputs.hyper["every"] > 0:
+        rescaled = inputs.dims is not None and reference.rescale_due(inputs.hyper, inputs.t, inputs.lr)
+        if name == "param" and tensor.dtype == torch.float64 and rescaled:
             slacks[name] += NORM_BOUND[torch.float64] * scales[name] / ulp(scales[name], torch.float64)
     return truth, losses, slacks
 
@@ -337,7 +338,7 @@ def _losses(crowd: Inputs) -> dict[str, float]:
 
 def _crowds(inputs: Inputs) -> Iterator[Inputs]:
     """What the loss of the formula is taken over, the cheapest and most telling first."""
-    crowd = list(_crowd(inputs, 0.0 if inputs.param.numel() >= CROWD else SPREAD))
+    crowd = list(_crowd(inputs, SPREAD))
     yield from crowd
     yield from map(_off_powers_of_two, crowd)
     if inputs.param.numel() < CROWD:
