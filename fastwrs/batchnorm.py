@@ -49,6 +49,8 @@ class BatchNormFollower:
         self._seen = _seen(optimizer)
         optimizer.watch(self)
 
+    keeps = False  # of what it is told
+
     def before_step(self) -> Scope:
         """Called by the optimizer: refuses options that leave no common factor per channel."""
         optimizer = self._optimizer()

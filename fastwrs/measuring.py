@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from operator import attrgetter
 from typing import Any, Protocol
@@ -35,13 +35,17 @@ class Scope(IntEnum):
     """The others too, by ``options.measured_mask``."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Rows:
     """Whose rows a launch measures. The same object as long as nothing about it changes."""
 
     params: list[Tensor]
     counts: list[int]
     """How many rows each parameter has, one for every norm group in row-major order of the dimensions that are kept."""
+    shapes: list[torch.Size] = field(default_factory=list)
+    """Of the parameters, when they were counted."""
+    spare: Tensor | None = None
+    """A buffer that has been read and that nobody keeps, for the next step."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,11 @@ class Measured:
 
 class Watcher(Protocol):
     """What an optimizer asks before a step, and tells after it."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the figures are read after ``after_step``. Where nobody does, the next step writes over them."""
+        ...
 
     def before_step(self) -> Scope:
         """What the step that begins now is to measure. May refuse the step: nothing has changed yet."""
@@ -74,8 +83,10 @@ def group_count(shape: tuple[int, ...], mask: int) -> int:
 
 def rows_of(params: list[Tensor], axes: list[int], known: Rows | None) -> Rows:
     """The rows that a launch measures; those that are ``known`` of the same parameters, if they still hold."""
-    counts = list(map(group_count, map(_shape_of, params), axes))
-    return known if known is not None and known.counts == counts else Rows(params, counts)
+    shapes = list(map(_shape_of, params))
+    if known is not None and known.shapes == shapes:
+        return known
+    return Rows(params, list(map(group_count, shapes, axes)), shapes)
 
 
 def buffer_for(rows: Rows, device: torch.device, may_skip: bool) -> Tensor | None:
@@ -83,8 +94,20 @@ def buffer_for(rows: Rows, device: torch.device, may_skip: bool) -> Tensor | Non
 
     NaN says that a figure was not taken, as in a step that is skipped; one that cannot be writes every figure.
     """
-    shape = sum(rows.counts), len(MEASURED)
-    if shape[0] == 0:
-        return None
-    buffer = torch.empty(shape, dtype=torch.float32, device=device)
+    buffer, rows.spare = rows.spare, None
+    if buffer is None:
+        shape = sum(rows.counts), len(MEASURED)
+        if shape[0] == 0:
+            return None
+        buffer = torch.empty(shape, dtype=torch.float32, device=device)
     return buffer.fill_(math.nan) if may_skip else buffer
+
+
+def give_back(measured: list[Measured]) -> None:
+    """The buffers go to the next step: to make one of this size anew costs as much as to write it.
+
+    On a CPU only: a captured graph goes on writing where it wrote, also when the rows are gone.
+    """
+    for launch in measured:
+        if launch.values.device.type == "cpu":
+            launch.rows.spare = launch.values

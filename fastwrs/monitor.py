@@ -111,6 +111,11 @@ class Monitor:
 
     # ------------------------------------------------------------------------------------------------------ in a step
 
+    @property
+    def keeps(self) -> bool:
+        """Whether readings are kept in full, that is, where the step has written them."""
+        return self._store.room > 0
+
     def before_step(self) -> Scope:
         """Called by the optimizer: every ``every``-th step measures everything."""
         if self._begun:

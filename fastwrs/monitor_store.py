@@ -49,14 +49,14 @@ class Store:
     """The last ``full`` readings as they are, and ``reduced`` older ones as four statistics of each parameter."""
 
     def __init__(self, full: int, reduced: int) -> None:
-        self._room = full
+        self.room = full
         self._full: deque[Reading] = deque()
         self._reduced: deque[Reading] = deque(maxlen=reduced)
 
     def add(self, reading: Reading) -> None:
         """Keeps a reading; one that is too old for its place is reduced, one that is too old for that is dropped."""
         self._full.append(reading)
-        while len(self._full) > self._room:
+        while len(self._full) > self.room:
             oldest = self._full.popleft()
             if self._reduced.maxlen:
                 self._reduced.append(_reduction(oldest))

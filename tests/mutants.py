@@ -194,9 +194,13 @@ MUTANTS = (
         "terms[kUpdate] = u * u;",
         "terms[kUpdate] = g * g;",
     ),
-    _sums("the rest of a row is its beginning", "add(whole + j, j);", "add(j, j);"),
-    _sums("the last turn of a block", "sums[k][part] += terms[k];", "sums[k][part] = terms[k];"),
-    _sums("one block of a row", "++blocks_;", "blocks_ = 1;"),
+    _sums("the rest of a row is its beginning", "at(whole + j, terms);", "at(j, terms);"),
+    _sums("the last turn of a block", "lanes[k][part] += terms[k];", "lanes[k][part] = terms[k];"),
+    _sums(
+        "a block is carried once",
+        "bits = blocks; bits & 1; bits >>= 1, level += kP",
+        "bits = blocks & 1; bits; bits = 0, level += kP",
+    ),
     # the update
     _updates(
         "no last element",

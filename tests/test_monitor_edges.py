@@ -17,7 +17,7 @@ from torch import nn
 
 import fastwrs
 from fastwrs import library
-from fastwrs.measuring import Measured, Rows
+from fastwrs.measuring import Measured, Rows, Scope
 from fastwrs.spec import MEASURED
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("backend")]
@@ -158,6 +158,55 @@ def test_the_counts_on_a_device_go_with_the_rows_they_are_of() -> None:
     assert full.lengths is monitor._layouts[rows][1]
     del rows
     assert len(monitor._layouts) == 0
+
+
+def test_a_buffer_is_written_again_where_nobody_keeps_it() -> None:
+    """Figures that are reduced at once leave their memory to the next step; those that are kept do not."""
+    weight = parameter(3, 4)
+    optimizer = fastwrs.SGD([weight], lr=0.5)
+    places: list[int] = []
+
+    class Reader:
+        keeps = False
+
+        def before_step(self) -> Scope:
+            return Scope.EVERYTHING
+
+        def after_step(self, measured: list[Measured], loss: object) -> None:  # noqa: ARG002
+            places.append(measured[0].values.data_ptr())
+
+    optimizer.watch(Reader())
+    with fastwrs.Monitor(optimizer, channels=0) as short:
+        for _ in range(3):
+            optimizer.step()
+    assert len(set(places)) == 1
+    with fastwrs.Monitor(optimizer, channels=2) as full:
+        for _ in range(3):
+            optimizer.step()
+    assert len(set(places[3:])) == 3, "who keeps one has it for itself"
+    norms = [values for _, values in short.curve("norm_after")["params[0][0]"]]
+    norms += [values for _, values in full.curve("norm_after")["params[0][0]"]]
+    assert norms == [2 * abs(1 - 0.5 * step) for step in range(1, 7)]
+
+
+def test_a_skipped_step_leaves_nan_in_memory_that_was_written_before() -> None:
+    weight = parameter(3, 4)
+    optimizer, monitor = watched(weight, channels=0)
+    optimizer.step()
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    optimizer.found_inf = None
+    optimizer.step()
+    assert monitor.steps == 3 and steps_of(monitor) == [1, 3], "figures of the step before pass for its own"
+
+
+def test_a_weight_of_another_size_has_memory_of_its_size() -> None:
+    weight = parameter(3, 4)
+    _, monitor = watched(weight, channels=0)
+    monitor.optimizer.step()
+    weight.data, weight.grad = torch.full((5, 4), 3.0), torch.ones(5, 4)
+    monitor.optimizer.step()
+    assert [norm for _, norm in monitor.curve("norm_after", "max")["params[0][0]"]] == [2.0, 6.0]
 
 
 # ---- losses and numbers ---------------------------------------------------------------------------------------------

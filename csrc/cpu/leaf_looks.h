@@ -8,20 +8,20 @@
 namespace fastwrs::cpu {
 inline namespace FASTWRS_ISA {
 
-// Of a rule with a gate: states, and what the gate's sums are made of. kSum: these are made here, of one block at most,
-// in lanes of their own for each; else their terms are left in scratch.
+// Of a rule with a gate: states, and what the gate's sums are made of. kSum: these are made here, of
+// a whole row; else their terms are left in scratch.
 template <class Rule, class P, class G, class S, bool kSum>
-inline void advance_run(const LookArgs& a, int64_t begin, int64_t n, [[maybe_unused]] compute_t<P>* __restrict lanes) {
+inline void advance_run(const LookArgs& a) {
   using C = compute_t<P>;
   constexpr int kSlots = Rule::kMaxSlots;
   const auto s = *static_cast<const typename Rule::template Scalars<C>*>(a.scalars);
-  const P* __restrict param = static_cast<const P*>(a.param) + begin;
-  G* __restrict grad = static_cast<G*>(a.grad) + begin;
-  S* __restrict state0 = static_cast<S*>(a.state[0]) + begin;
-  S* __restrict state1 = static_cast<S*>(a.state[1]) + begin;
-  C* __restrict weights = static_cast<C*>(a.weights) + begin;
-  C* __restrict slope = static_cast<C*>(a.slope) + begin;
-  C* __restrict step = static_cast<C*>(a.step) + begin;
+  const P* __restrict param = static_cast<const P*>(a.param);
+  G* __restrict grad = static_cast<G*>(a.grad);
+  S* __restrict state0 = static_cast<S*>(a.state[0]);
+  S* __restrict state1 = static_cast<S*>(a.state[1]);
+  C* __restrict weights = static_cast<C*>(a.weights);
+  C* __restrict slope = static_cast<C*>(a.slope);
+  C* __restrict step = static_cast<C*>(a.step);
   const bool unscale = a.grad_scale != 0, writes = unscale && a.unscales;
   const C grad_scale = C(a.grad_scale), sign = a.maximize ? C(-1) : C(1);
   const auto at = [&](int64_t i, [[maybe_unused]] C* terms) {
@@ -50,8 +50,8 @@ inline void advance_run(const LookArgs& a, int64_t begin, int64_t n, [[maybe_unu
     }
   };
   if constexpr (kSum) {
-    sum_block<kGateSums>(
-        n, lanes,
+    sum_row<kGateSums>(
+        a.n, a.levels, static_cast<C*>(a.sums),
         [&](int64_t ahead) FASTWRS_FETCHES {
           fetch(param + ahead);
           fetch(grad + ahead);
@@ -61,17 +61,13 @@ inline void advance_run(const LookArgs& a, int64_t begin, int64_t n, [[maybe_unu
         at);
   } else {
 #pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) at(i, nullptr);
+    for (int64_t i = 0; i < a.n; ++i) at(i, nullptr);
   }
 }
 
 template <class Rule, class P, class G, class S>
 FASTWRS_FLATTENED void advance(const LookArgs& a) {
-  using C = compute_t<P>;
-  if (!a.sums) return advance_run<Rule, P, G, S, false>(a, 0, a.n, nullptr);
-  sum_row<C, kGateSums>(a.n, a.levels, static_cast<C*>(a.sums), [&a](int64_t begin, int64_t n, C* lanes) {
-    advance_run<Rule, P, G, S, true>(a, begin, n, lanes);
-  });
+  a.sums ? advance_run<Rule, P, G, S, true>(a) : advance_run<Rule, P, G, S, false>(a);
 }
 
 // The same where only the weights are read: how far each is from the origin of its channel.
@@ -83,14 +79,12 @@ FASTWRS_FLATTENED void distances_from_origin(const LookArgs& a) {
   C* __restrict distances = static_cast<C*>(a.distances);
   const C origin = C(a.origin);
   if (a.sums) {
-    return sum_row<C, kShiftSums>(a.n, a.levels, static_cast<C*>(a.sums), [&](int64_t begin, int64_t n, C* lanes) {
-      sum_block<kShiftSums>(
-          n, lanes, [&](int64_t ahead) FASTWRS_FETCHES { fetch(param + begin + ahead); },
-          [&](int64_t i, C* terms) {
-            const C distance = C(widen(param[begin + i])) - origin;
-            for (int k = 0; k < kShiftSums; ++k) terms[k] = shift_term(k, distance);
-          });
-    });
+    return sum_row<kShiftSums>(
+        a.n, a.levels, static_cast<C*>(a.sums), [&](int64_t ahead) FASTWRS_FETCHES { fetch(param + ahead); },
+        [&](int64_t i, C* terms) {
+          const C distance = C(widen(param[i])) - origin;
+          for (int k = 0; k < kShiftSums; ++k) terms[k] = shift_term(k, distance);
+        });
   }
 #pragma GCC ivdep
   for (int64_t i = 0; i < a.n; ++i) distances[i] = C(widen(param[i])) - origin_each[i];

@@ -25,10 +25,12 @@ void start(Accumulator<C>& a) {
 }
 
 // Lanes are added 16 at a time where their number allows it, which the compiler would not see by itself.
-template <class C>
-struct Sixteen {
-  typedef C type __attribute__((vector_size(16 * sizeof(C)), aligned(alignof(C)), may_alias));
+template <class C, int kCount>
+struct VectorOf {
+  typedef C type __attribute__((vector_size(kCount * sizeof(C)), aligned(alignof(C)), may_alias));
 };
+template <class C>
+using Sixteen = VectorOf<C, 16>;
 
 // The open block becomes part of the cascade: equal numbers of blocks are added to each other, as in binary counting.
 template <class Lane, class C>
@@ -129,23 +131,25 @@ inline int64_t halve_lanes(C* sums, int64_t count, int64_t cols) {
 }
 
 // The usual case by itself, since it is paid for every row: the open block of one column, and so many closed ones, from
-// 64 lanes down to one without loops.
+// kLanes down to one without loops.
 template <class C>
 inline C add_row(const C* open, const C* levels, int64_t blocks) {
   using Wide = typename Sixteen<C>::type;
-  static_assert(Accumulator<C>::kLanes == 64, "four times sixteen");
+  static_assert(Accumulator<C>::kLanes == 32, "twice sixteen");
   const Wide *lanes = reinterpret_cast<const Wide*>(open), *level = reinterpret_cast<const Wide*>(levels);
-  Wide sum[4] = {lanes[0], lanes[1], lanes[2], lanes[3]};
-  for (int64_t bits = blocks; bits != 0; bits >>= 1, level += 4) {
+  Wide sum[2] = {lanes[0], lanes[1]};
+  for (int64_t bits = blocks; bits != 0; bits >>= 1, level += 2) {
     if (!(bits & 1)) continue;
-    for (int k = 0; k < 4; ++k) sum[k] += level[k];
+    for (int k = 0; k < 2; ++k) sum[k] += level[k];
   }
-  const Wide sixteen = (sum[0] + sum[2]) + (sum[1] + sum[3]);
-  C t[16];
-  std::memcpy(t, &sixteen, sizeof t);
-  for (int j = 0; j < 8; ++j) t[j] += t[j + 8];
-  for (int j = 0; j < 4; ++j) t[j] += t[j + 4];
-  return (t[0] + t[2]) + (t[1] + t[3]);
+  const Wide sixteen = sum[0] + sum[1];
+  typename VectorOf<C, 8>::type halves[2];
+  std::memcpy(halves, &sixteen, sizeof halves);
+  const auto eight = halves[0] + halves[1];
+  typename VectorOf<C, 4>::type quarters[2];
+  std::memcpy(quarters, &eight, sizeof quarters);
+  const auto four = quarters[0] + quarters[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // Writes the sums and leaves the accumulator as `start` does.
@@ -169,43 +173,9 @@ void finish(Accumulator<C>& a, C* sums) {
   a.position = a.turns = a.blocks = 0;
 }
 
-// Sums over the one row that a loop is at, kSets of them side by side: what an Accumulator of one column makes of them,
-// without a way through its memory for each block.
-template <class C, int kSets>
-class RowSums {
-  static constexpr int64_t kLanes = Accumulator<C>::kLanes;
-
- public:
-  explicit RowSums(void* const* levels) {
-    for (int k = 0; k < kSets; ++k) levels_[k] = static_cast<C*>(levels[k]);
-  }
-  // `lanes`: [kSets, kLanes], of a whole block.
-  void close_block(const C* lanes) {
-    using Wide = typename Sixteen<C>::type;
-    for (int k = 0; k < kSets; ++k) {
-      const Wide* block = reinterpret_cast<const Wide*>(lanes + k * kLanes);
-      Wide sum[4] = {block[0], block[1], block[2], block[3]};
-      Wide* level = reinterpret_cast<Wide*>(levels_[k]);
-      for (int64_t bits = blocks_; bits & 1; bits >>= 1, level += 4) {
-        for (int j = 0; j < 4; ++j) sum[j] += level[j];
-      }
-      for (int j = 0; j < 4; ++j) level[j] = sum[j];
-    }
-    ++blocks_;
-  }
-  // `lanes`: of the block that is open.
-  void finish(const C* lanes, C* sums) const {
-    for (int k = 0; k < kSets; ++k) sums[k] = add_row(lanes + k * kLanes, levels_[k], blocks_);
-  }
-
- private:
-  C* levels_[kSets];
-  int64_t blocks_ = 0;
-};
-
 // Memory so many elements ahead is asked for while a row is summed: what comes next in that row or is the next row. The
 // processor does not look that far by itself while it has this much to compute.
-constexpr int64_t kAhead = Accumulator<float>::kTurns * kLanes;
+constexpr int64_t kAhead = 512;
 // Inlined by force, as whatever calls it: a function that does nothing else is one without an effect to the compiler,
 // which drops the call.
 #define FASTWRS_FETCHES __attribute__((always_inline))
@@ -214,62 +184,57 @@ FASTWRS_FETCHES inline void fetch(const T* x) {
   for (int64_t j = 0; j < kLanes; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + j);
 }
 
-// Calls at(i, terms) for n elements, one block at most, which gives a term of each of kSets sums: that of element i
-// goes to lane i % 64. `lanes`: [kSets, kLanes]; they begin here. ask(i) asks for the memory of the 64 elements from i
-// on.
+// kSets sums over a row of n elements: what an Accumulator of one column makes of them, with the open block in
+// registers. at(i, terms) gives the terms of element i, one of each sum; ask(i) asks for the memory of kLanes elements
+// from i on.
 template <int kSets, class C, class Ask, class At>
-inline void sum_block(int64_t n, C* __restrict lanes, const Ask& ask, const At& at) {
+inline void sum_row(int64_t n, void* const* levels, C* sums, const Ask& ask, const At& at) {
   using Wide = typename Sixteen<C>::type;
-  constexpr int64_t kParts = kLanes / 16;
-  const auto add = [&](int64_t i, int64_t lane) {
-    C terms[kSets];
-    at(i, terms);
-    for (int k = 0; k < kSets; ++k) lanes[k * kLanes + lane] += terms[k];
-  };
-  const int64_t turns = n / kLanes, whole = turns * kLanes;
-  if constexpr (kSets == 1) {
-    for (int64_t j = 0; j < kParts; ++j) reinterpret_cast<Wide*>(lanes)[j] = Wide{};
-    for (int64_t begin = 0; begin < whole; begin += kLanes) {
-      ask(begin + kAhead);
-#pragma GCC ivdep
-      for (int64_t j = 0; j < kLanes; ++j) add(begin + j, j);
+  constexpr int64_t kParts = kLanes / 16, kTurns = Accumulator<C>::kTurns, kBlock = kTurns * kLanes;
+  const int64_t whole = n / kLanes * kLanes;
+  Wide lanes[kSets][kParts];
+  int64_t blocks = 0;
+  for (;; ++blocks) {
+    const int64_t begin = blocks * kBlock, end = begin + kBlock < whole ? begin + kBlock : whole;
+    for (int k = 0; k < kSets; ++k) {
+      for (int64_t part = 0; part < kParts; ++part) lanes[k][part] = Wide{};
     }
-  } else {
-    Wide sums[kSets][kParts] = {};
-    // More lanes than one sum has stay in registers through all turns, as far as there are enough of these.
-    for (int64_t begin = 0; begin < whole; begin += kLanes) {
-      ask(begin + kAhead);
-#pragma GCC unroll 4
+    for (int64_t first = begin; first < end; first += kLanes) {
+      ask(first + kAhead);
+#pragma GCC unroll 2
       for (int64_t part = 0; part < kParts; ++part) {
         Wide terms[kSets];
 #pragma GCC ivdep
         for (int64_t j = 0; j < 16; ++j) {
           C of_one[kSets];
-          at(begin + part * 16 + j, of_one);
+          at(first + part * 16 + j, of_one);
           for (int k = 0; k < kSets; ++k) reinterpret_cast<C*>(terms + k)[j] = of_one[k];
         }
-        for (int k = 0; k < kSets; ++k) sums[k][part] += terms[k];
+        for (int k = 0; k < kSets; ++k) lanes[k][part] += terms[k];
       }
     }
-    std::memcpy(lanes, sums, sizeof sums);
+    if (end - begin < kBlock) break;
+    int64_t level = 0;
+    for (int64_t bits = blocks; bits & 1; bits >>= 1, level += kParts) {
+      for (int k = 0; k < kSets; ++k) {
+        for (int64_t part = 0; part < kParts; ++part) {
+          lanes[k][part] += static_cast<const Wide*>(levels[k])[level + part];
+        }
+      }
+    }
+    for (int k = 0; k < kSets; ++k) {
+      for (int64_t part = 0; part < kParts; ++part) static_cast<Wide*>(levels[k])[level + part] = lanes[k][part];
+    }
   }
+  alignas(64) C open[kSets * kLanes];
+  std::memcpy(open, lanes, sizeof open);
 #pragma GCC ivdep
-  for (int64_t j = 0; j < n - whole; ++j) add(whole + j, j);
-}
-
-// The sums over a row of n elements: run(begin, n, lanes) makes those of a block, or of what is left, by sum_block.
-template <class C, int kSets, class Run>
-inline void sum_row(int64_t n, void* const* levels, C* sums, const Run& run) {
-  constexpr int64_t kBlock = Accumulator<C>::kTurns * kLanes;
-  RowSums<C, kSets> row(levels);
-  alignas(64) C lanes[kSets * kLanes];
-  for (int64_t done = 0;; done += kBlock) {
-    const int64_t left = n - done;
-    run(done, left < kBlock ? left : kBlock, lanes);
-    if (left < kBlock) break;
-    row.close_block(lanes);
+  for (int64_t j = 0; j < n - whole; ++j) {
+    C terms[kSets];
+    at(whole + j, terms);
+    for (int k = 0; k < kSets; ++k) open[k * kLanes + j] += terms[k];
   }
-  row.finish(lanes, sums);
+  for (int k = 0; k < kSets; ++k) sums[k] = add_row(open + k * kLanes, static_cast<const C*>(levels[k]), blocks);
 }
 
 }  // namespace FASTWRS_ISA

@@ -19,23 +19,22 @@ struct Updates {
   using C = compute_t<P>;
   static constexpr bool kLooks = Rule::kLook != Look::kNone;
 
-  // Updates n elements. kSets: how many sums are made of them on the way. Element i goes to lane i % 64 of each; the
-  // lanes are one block at most, and begin here. One sum is that of the squared weights; four are those of
-  // norms/measured.h. kScale: as many elements of another place are multiplied by a factor; memory is what an update
-  // waits for, so that this costs nothing. kEach: what a first pass has found differs within the run.
+  // Updates the elements. kSets: how many sums are made of them on the way. One is that of the squared weights; four
+  // are those of norms/measured.h. kScale: as many elements of another place are multiplied by a factor; memory is what
+  // an update waits for, so that this costs nothing. kEach: what a first pass has found differs within the run.
   template <bool kExtras, int kSets, bool kScale, bool kEach>
-  static inline void run(const UpdateArgs& a, int64_t begin, int64_t n, [[maybe_unused]] C* __restrict lanes) {
+  static inline void run(const UpdateArgs& a) {
     const auto s = *static_cast<const typename Rule::template Scalars<C>*>(a.scalars);
-    const P* __restrict param = static_cast<const P*>(a.param) + begin;
-    G* __restrict grad = static_cast<G*>(a.grad) + begin;
-    S* __restrict state0 = static_cast<S*>(a.state[0]) + begin;
-    S* __restrict state1 = static_cast<S*>(a.state[1]) + begin;
-    S* __restrict state2 = static_cast<S*>(a.state[2]) + begin;
-    C* __restrict updated = static_cast<C*>(a.updated) + begin;
-    C* __restrict step = static_cast<C*>(a.step) + begin;
-    C* __restrict behind = static_cast<C*>(a.behind) + begin;
-    [[maybe_unused]] const C* __restrict told0_each = static_cast<const C*>(a.told_each[0]) + begin;
-    [[maybe_unused]] const C* __restrict told1_each = static_cast<const C*>(a.told_each[1]) + begin;
+    const P* __restrict param = static_cast<const P*>(a.param);
+    G* __restrict grad = static_cast<G*>(a.grad);
+    S* __restrict state0 = static_cast<S*>(a.state[0]);
+    S* __restrict state1 = static_cast<S*>(a.state[1]);
+    S* __restrict state2 = static_cast<S*>(a.state[2]);
+    C* __restrict updated = static_cast<C*>(a.updated);
+    C* __restrict step = static_cast<C*>(a.step);
+    C* __restrict behind = static_cast<C*>(a.behind);
+    [[maybe_unused]] const C* __restrict told0_each = static_cast<const C*>(a.told_each[0]);
+    [[maybe_unused]] const C* __restrict told1_each = static_cast<const C*>(a.told_each[1]);
     const C behind_factor = C(a.behind_factor);
     const bool unscale = a.grad_scale != 0, wants_step = a.step != nullptr;
     const C grad_scale = C(a.grad_scale);
@@ -86,10 +85,10 @@ struct Updates {
     };
     if constexpr (kSets == 0) {
 #pragma GCC ivdep
-      for (int64_t i = 0; i < n; ++i) at(i, nullptr);
+      for (int64_t i = 0; i < a.n; ++i) at(i, nullptr);
     } else {
-      sum_block<kSets>(
-          n, lanes,
+      sum_row<kSets>(
+          a.n, a.levels, static_cast<C*>(a.sums),
           [&](int64_t ahead) FASTWRS_FETCHES {
             fetch(updated + ahead);
             if (!std::is_same_v<P, C>) fetch(param + ahead);
@@ -105,9 +104,7 @@ struct Updates {
   // A whole row with its sums.
   template <int kSets, bool kScale>
   FASTWRS_FLATTENED static __attribute__((noinline)) void row(const UpdateArgs& a) {
-    sum_row<C, kSets>(a.n, a.levels, static_cast<C*>(a.sums), [&a](int64_t begin, int64_t n, C* lanes) {
-      run<false, kSets, kScale, false>(a, begin, n, lanes);
-    });
+    run<false, kSets, kScale, false>(a);
   }
 
   template <int kSets>
@@ -126,11 +123,11 @@ struct Updates {
       return rows<1>(a);
     }
     if constexpr (kLooks) {
-      a.told_each[0] ? run<true, 0, false, true>(a, 0, a.n, nullptr) : run<true, 0, false, false>(a, 0, a.n, nullptr);
+      a.told_each[0] ? run<true, 0, false, true>(a) : run<true, 0, false, false>(a);
     } else if (a.grad_scale != 0 || a.step != nullptr) {
-      run<true, 0, false, false>(a, 0, a.n, nullptr);
+      run<true, 0, false, false>(a);
     } else {
-      run<false, 0, false, false>(a, 0, a.n, nullptr);
+      run<false, 0, false, false>(a);
     }
   }
 };

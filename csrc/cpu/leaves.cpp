@@ -84,16 +84,17 @@ void reduce_measured(const float* rows, int64_t count, float* statistics) {
   Sum sum{}, squares{};
   for (int64_t i = 0; i < count; ++i) {
     const Row x = row[i];
-    least = (x < least) | (x != x) ? x : least;
-    most = (x > most) | (x != x) ? x : most;
+    least = x < least ? x : least;
+    most = x > most ? x : most;
     const Sum wide = __builtin_convertvector(x, Sum);
     sum += wide;
     squares += wide * wide;
   }
   for (int k = 0; k < kMeasured; ++k) {
-    statistics[k] = least[k];
+    const bool has_nan = squares[k] != squares[k];
+    statistics[k] = has_nan ? float(squares[k]) : least[k];
     statistics[kMeasured + k] = float(sum[k] / double(count));
-    statistics[2 * kMeasured + k] = most[k];
+    statistics[2 * kMeasured + k] = has_nan ? float(squares[k]) : most[k];
     statistics[3 * kMeasured + k] = float(square_root(squares[k]));
   }
 }

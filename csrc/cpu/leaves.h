@@ -66,7 +66,7 @@ struct Accumulator {
   C* levels = nullptr;  // [level][width]; level 0 is the open block, level k > 0 holds 2^(k - 1) blocks
   int64_t position = 0, turns = 0, blocks = 0;
 
-  static constexpr int64_t kTurns = 8, kLanes = 64;
+  static constexpr int64_t kTurns = 8, kLanes = 32;
   // Columns get several lanes each while they are few, so that whole vectors are added.
   static constexpr int64_t width_for(int64_t cols) { return cols == 1 ? kLanes : cols <= 64 ? 16 * cols : cols; }
   static constexpr int64_t levels_for(int64_t cols, int64_t elements) {

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from fastwrs import dispatch
-from fastwrs.measuring import Measured, Scope, Watcher, buffer_for, rows_of
+from fastwrs.measuring import Measured, Scope, Watcher, buffer_for, give_back, rows_of
 from fastwrs.optim import checkpoint
 from fastwrs.optim.records import Records, on, read
 from fastwrs.options import Rescale, Shrink, common_axis
@@ -98,6 +98,8 @@ class FusedOptimizer(Optimizer):
             ]
             for watcher in watchers:
                 watcher.after_step(measured, loss)
+            if not any(watcher.keeps for watcher in watchers):
+                give_back(measured)
         return loss
 
     def watch(self, watcher: Watcher) -> None:
