@@ -205,6 +205,7 @@ inline void sum_row(int64_t n, void* const* levels, C* sums, const Ask& ask, con
       for (int64_t part = 0; part < kParts; ++part) {
         Wide terms[kSets];
 #pragma GCC ivdep
+#pragma GCC unroll 1
         for (int64_t j = 0; j < 16; ++j) {
           C of_one[kSets];
           at(first + part * 16 + j, of_one);
