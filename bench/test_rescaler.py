@@ -1,7 +1,8 @@
 """``WeightRescaler`` on the CPU against loops over weights in eager torch, in turns: `make bench`.
 
 The loops are the ways that we know to write it; each has a line, and the goal is for the fastest of them. They divide
-by the norm as it is; ours leaves groups alone whose norm is 0 or not finite, and counts steps.
+by the norm as it is; ours leaves groups alone whose norm is 0 or not finite, and counts steps. Both follow a step of an
+optimizer that does nothing: what PyTorch itself does around any step, 0.1 ms, is on both sides.
 """
 
 # torch._foreach_* is what users call by that name.
@@ -28,7 +29,7 @@ GOAL = 0.6
 
 
 class Resting(torch.optim.Optimizer):
-    """An optimizer whose step does nothing, so that what follows it is all that there is to time."""
+    """An optimizer whose step does nothing, so that what follows it is what there is to time."""
 
     def step(self, closure: None = None) -> None:
         """Nothing."""
@@ -77,6 +78,7 @@ def test_rescaler(name: str, benchmark, record, rounds):
     mine, other = (pairs.make_params(case.shapes()) for _ in range(2))
     our_step = ours(mine)
     weights = [param.detach() for param in other if param.ndim >= 2]
+    resting = Resting(other, {"lr": 1.0})
     our_step()
     loop(weights)
     for a, b in zip(mine, other, strict=True):
@@ -85,7 +87,7 @@ def test_rescaler(name: str, benchmark, record, rounds):
     their_times: list[float] = []
 
     def theirs() -> None:
-        their_times.append(timed(lambda: loop(weights), 1))
+        their_times.append(timed(lambda: (resting.step(), loop(weights)), 1))
 
     benchmark.pedantic(our_step, setup=theirs, rounds=rounds, warmup_rounds=3)
     our_times = benchmark.stats.stats.data

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -46,6 +47,29 @@ class Server:
     def close(self) -> None:
         """Ends the process."""
         self.process.communicate()
+
+
+class Servers:
+    """As many servers of a script as are asked at a time: one that has answered is asked again."""
+
+    def __init__(self, script: Path) -> None:
+        self.script = script
+        self.resting: queue.SimpleQueue[Server] = queue.SimpleQueue()
+
+    def test(self, package: Path, lib: Path, *arguments: object, **environment: str) -> str:
+        """``Server.test``; ``package`` and ``environment`` are for a server that begins."""
+        try:
+            server = self.resting.get_nowait()
+        except queue.Empty:
+            server = Server(self.script, package, **environment)
+        said = server.test(lib, *arguments)
+        self.resting.put(server)
+        return said
+
+    def close(self) -> None:
+        """Ends the processes."""
+        while not self.resting.empty():
+            self.resting.get().close()
 
 
 def serve(tests: Callable[..., None]) -> None:

@@ -6,7 +6,6 @@ Every barrier is removed in turn, which also shows that no kernel has one too ma
 from __future__ import annotations
 
 import os
-import queue
 import re
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 import run_lanes
-from forked import PASSED, Server
+from forked import PASSED, Servers
 
 pytestmark = pytest.mark.emulated_control
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,7 +134,7 @@ class Control:
         self.folder = folder
         self.pool = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))))
         self.bases: dict[bool, Future[Path]] = {}
-        self.servers: dict[bool, queue.SimpleQueue[Server]] = defaultdict(queue.SimpleQueue)
+        self.servers: dict[bool, Servers] = defaultdict(partial(Servers, SCRIPT))
         self.verdicts: dict[Mutant, Future[str]] = {}
 
     def submit(self, asked: list[Mutant]) -> None:
@@ -163,14 +162,10 @@ class Control:
         source.write_text(text.replace(mutant.old, mutant.new) if mutant.old else text, encoding="utf-8")
         for command in self.commands(folder, mutant):
             subprocess.run(command, shell=True, cwd=folder / "build/objects", check=True)
-        servers = self.servers[mutant.thread_sanitizer]
-        try:
-            server = servers.get_nowait()
-        except queue.Empty:  # one for each worker
-            environment = run_lanes.emulated_environment(base, "thread" if mutant.thread_sanitizer else "")
-            server = Server(SCRIPT, base / "build/lib", **environment)
-        said = server.test(folder / "build/lib", THREADS if mutant.thread_sanitizer else 256, *mutant.triples)
-        servers.put(server)
+        threads = THREADS if mutant.thread_sanitizer else 256
+        environment = run_lanes.emulated_environment(base, "thread" if mutant.thread_sanitizer else "")
+        servers, built = self.servers[mutant.thread_sanitizer], folder / "build/lib"
+        said = servers.test(base / "build/lib", built, threads, *mutant.triples, **environment)
         shutil.rmtree(folder)
         return said
 
@@ -190,8 +185,7 @@ class Control:
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
         for servers in self.servers.values():
-            while not servers.empty():
-                servers.get().close()
+            servers.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +12,7 @@ from pathlib import Path
 import mutants
 import pytest
 import run_lanes
-from forked import PASSED, Server
+from forked import PASSED, Server, Servers
 from mutants import FEW, MUTANTS, OUT_OF_BOUNDS, Mutant
 
 pytestmark = pytest.mark.negative_control
@@ -28,7 +27,7 @@ class Control:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.pool = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))))
-        self.servers: queue.SimpleQueue[Server] = queue.SimpleQueue()
+        self.servers = Servers(SCRIPT)
         self.verdicts: dict[Mutant, Future[str]] = {}
 
     def submit(self, asked: list[Mutant]) -> None:
@@ -59,19 +58,13 @@ class Control:
             said = server.test(folder / "lib", mutant.triples)
             server.close()
         else:
-            try:
-                server = self.servers.get_nowait()
-            except queue.Empty:  # one for each worker
-                server = Server(SCRIPT, base / "lib")
-            said = server.test(folder / "lib", mutant.triples)
-            self.servers.put(server)
+            said = self.servers.test(base / "lib", folder / "lib", mutant.triples)
         shutil.rmtree(folder)
         return said
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
-        while not self.servers.empty():
-            self.servers.get().close()
+        self.servers.close()
 
 
 @pytest.fixture(scope="module")
