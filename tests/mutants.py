@@ -205,7 +205,7 @@ MUTANTS = (
     _updates(
         "no last element",
         "C(widen(param[i]));\n      C g",
-        "C(widen(param[i]));\n      if (i + 1 == n) return;\n      C g",
+        "C(widen(param[i]));\n      if (i + 1 == a.n) return;\n      C g",
     ),
     _updates("maximize ignored", "const C sign = a.maximize ? C(-1) : C(1)", "const C sign = C(1)"),
     _worker("a row is scaled by the factor of another", "behind_factor = before.factor", "behind_factor = last.factor"),
