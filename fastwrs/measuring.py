@@ -106,8 +106,9 @@ def buffer_for(rows: Rows, device: torch.device, may_skip: bool) -> Tensor | Non
 def give_back(measured: list[Measured]) -> None:
     """The buffers go to the next step: to make one of this size anew costs as much as to write it.
 
-    On a CPU only: a captured graph goes on writing where it wrote, also when the rows are gone.
+    On a CPU only: a captured graph goes on writing where it wrote, also when the rows are gone. Not out of
+    ``torch.inference_mode()``: no other step may write into its tensors.
     """
     for launch in measured:
-        if launch.values.device.type == "cpu":
+        if launch.values.device.type == "cpu" and not launch.values.is_inference():
             launch.rows.spare = launch.values

@@ -194,8 +194,8 @@ MUTANTS = (
         "terms[kUpdate] = u * u;",
         "terms[kUpdate] = g * g;",
     ),
-    _sums("the rest of a row is its beginning", "at(whole + j, terms);", "at(j, terms);"),
-    _sums("the last turn of a block", "lanes[k][part] += terms[k];", "lanes[k][part] = terms[k];"),
+    _sums("the rest of a row is its beginning", "add(whole, n - whole);", "add(0, n - whole);"),
+    _sums("the last turn of a block", "lanes[k][j] += terms[k];", "lanes[k][j] = terms[k];"),
     _sums(
         "a block is carried once",
         "bits = blocks; bits & 1; bits >>= 1, level += kP",

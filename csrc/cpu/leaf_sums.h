@@ -184,58 +184,44 @@ FASTWRS_FETCHES inline void fetch(const T* x) {
   for (int64_t j = 0; j < kLanes; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + j);
 }
 
-// kSets sums over a row of n elements: what an Accumulator of one column makes of them, with the open block in
-// registers. at(i, terms) gives the terms of element i, one of each sum; ask(i) asks for the memory of kLanes elements
-// from i on.
+// kSets sums over a row of n elements: what an Accumulator of one column makes of them, with the open block at hand.
+// at(i, terms) gives the terms of element i, one of each sum; ask(i) asks for the memory of kLanes elements from i on.
 template <int kSets, class C, class Ask, class At>
 inline void sum_row(int64_t n, void* const* levels, C* sums, const Ask& ask, const At& at) {
   using Wide = typename Sixteen<C>::type;
-  constexpr int64_t kParts = kLanes / 16, kTurns = Accumulator<C>::kTurns, kBlock = kTurns * kLanes;
+  constexpr int64_t kParts = kLanes / 16, kBlock = Accumulator<C>::kTurns * kLanes;
   const int64_t whole = n / kLanes * kLanes;
-  Wide lanes[kSets][kParts];
+  alignas(64) C lanes[kSets][kLanes];
+  // Of the form that is vectorised for all types: lanes that are held in registers by hand are not, for some.
+  const auto add = [&](int64_t first, int64_t count) {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < count; ++j) {
+      C terms[kSets];
+      at(first + j, terms);
+      for (int k = 0; k < kSets; ++k) lanes[k][j] += terms[k];
+    }
+  };
   int64_t blocks = 0;
   for (;; ++blocks) {
     const int64_t begin = blocks * kBlock, end = begin + kBlock < whole ? begin + kBlock : whole;
     for (int k = 0; k < kSets; ++k) {
-      for (int64_t part = 0; part < kParts; ++part) lanes[k][part] = Wide{};
+      for (int64_t part = 0; part < kParts; ++part) reinterpret_cast<Wide*>(lanes[k])[part] = Wide{};
     }
     for (int64_t first = begin; first < end; first += kLanes) {
       ask(first + kAhead);
-#pragma GCC unroll 2
-      for (int64_t part = 0; part < kParts; ++part) {
-        Wide terms[kSets];
-#pragma GCC ivdep
-#pragma GCC unroll 1
-        for (int64_t j = 0; j < 16; ++j) {
-          C of_one[kSets];
-          at(first + part * 16 + j, of_one);
-          for (int k = 0; k < kSets; ++k) reinterpret_cast<C*>(terms + k)[j] = of_one[k];
-        }
-        for (int k = 0; k < kSets; ++k) lanes[k][part] += terms[k];
-      }
+      add(first, kLanes);
     }
     if (end - begin < kBlock) break;
-    int64_t level = 0;
-    for (int64_t bits = blocks; bits & 1; bits >>= 1, level += kParts) {
-      for (int k = 0; k < kSets; ++k) {
-        for (int64_t part = 0; part < kParts; ++part) {
-          lanes[k][part] += static_cast<const Wide*>(levels[k])[level + part];
-        }
-      }
-    }
     for (int k = 0; k < kSets; ++k) {
-      for (int64_t part = 0; part < kParts; ++part) static_cast<Wide*>(levels[k])[level + part] = lanes[k][part];
+      Wide *block = reinterpret_cast<Wide*>(lanes[k]), *level = static_cast<Wide*>(levels[k]);
+      for (int64_t bits = blocks; bits & 1; bits >>= 1, level += kParts) {
+        for (int64_t part = 0; part < kParts; ++part) block[part] += level[part];
+      }
+      for (int64_t part = 0; part < kParts; ++part) level[part] = block[part];
     }
   }
-  alignas(64) C open[kSets * kLanes];
-  std::memcpy(open, lanes, sizeof open);
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n - whole; ++j) {
-    C terms[kSets];
-    at(whole + j, terms);
-    for (int k = 0; k < kSets; ++k) open[k * kLanes + j] += terms[k];
-  }
-  for (int k = 0; k < kSets; ++k) sums[k] = add_row(open + k * kLanes, static_cast<const C*>(levels[k]), blocks);
+  add(whole, n - whole);
+  for (int k = 0; k < kSets; ++k) sums[k] = add_row(lanes[k], static_cast<const C*>(levels[k]), blocks);
 }
 
 }  // namespace FASTWRS_ISA

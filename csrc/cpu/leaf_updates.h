@@ -40,7 +40,7 @@ struct Updates {
     const C grad_scale = C(a.grad_scale);
     const C sign = a.maximize ? C(-1) : C(1);
     [[maybe_unused]] const C told0 = C(a.told[0]), told1 = C(a.told[1]);
-    [[maybe_unused]] const bool tells = a.tells;
+    [[maybe_unused]] const C tells = C(a.tells);
     const auto at = [&](int64_t i, [[maybe_unused]] C* terms) {
       C w = std::is_same_v<P, C> ? updated[i] : C(widen(param[i]));
       C g = 0;
@@ -62,11 +62,11 @@ struct Updates {
         using L = LookOf<Rule::kLook>;
         C told[kMostEach] = {kEach ? told0_each[i] : told0, C(0)};
         if (L::kEach > 1) told[1] = kEach ? told1_each[i] : told1;
-        u = Rule::template update<kSlots>(w, g * sign, state, L::answer(told, tells), s);
+        u = Rule::template update<kSlots>(w, g * sign, state, L::answer(told, tells != 0), s);
         if constexpr (!L::kChangesStates) {
           if (kSlots > 0) state0[i] = narrow(state[0], S());
         } else if constexpr (Rule::kChangesStateAgain) {
-          if (tells) state0[i] = narrow(state[0], S());
+          if (tells != 0) state0[i] = narrow(state[0], S());
         }
       } else {
         u = Rule::template update<kSlots>(w, g * sign, state, s);

@@ -28,9 +28,9 @@ struct UpdateArgs {
   const void* scalars;  // Rule::Scalars in the compute type
   double grad_scale;    // 0: none
   bool maximize;
-  // Of rules that look first: whether there is something to be told, and the numbers, the same for all elements or
-  // (compute type) of each.
-  bool tells;
+  // Of rules that look first: whether there is something to be told (a number, for with a bool loops do not vectorise),
+  // and the numbers, the same for all elements or (compute type) of each.
+  double tells;
   double told[kMostEach];
   const void* told_each[kMostEach];  // all or none
   int64_t n;

@@ -402,7 +402,7 @@ class Worker {
   void ask(const Call<P>& call, const Work<C>& w, int64_t element, UpdateArgs& args) {
     if (w.look < 0) return;
     const C* found = call.workspace + w.look;
-    args.tells = true;
+    args.tells = 1;
     if (call.look.kind == Look::kGate) {
       args.tells = found[kGateDecision] != C(int(Gate::kClosed));
       args.told[0] = found[kGateAlong];
