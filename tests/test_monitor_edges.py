@@ -203,7 +203,7 @@ def test_a_skipped_step_leaves_nan_in_memory_that_was_written_before() -> None:
 def test_a_step_in_inference_mode_leaves_no_memory_to_others() -> None:
     """A step outside may not write into it, and would be refused when the weights have changed."""
     for found_inf in (None, torch.tensor(0.0)):
-        optimizer = fastwrs.SGD([parameter(3, 4)], lr=0.0)
+        optimizer: Any = fastwrs.SGD([parameter(3, 4)], lr=0.0)
         optimizer.step()  # states of inference mode are refused later
         monitor = fastwrs.Monitor(optimizer, channels=0)
         with torch.inference_mode():
