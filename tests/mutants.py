@@ -172,10 +172,10 @@ MUTANTS = (
     _sums("sums without a last element", "j < m; ++j) lanes[j] += term", "j + (n == m) < m; ++j) lanes[j] += term"),
     _sums(
         "running sums",
-        "for (int64_t j = 0; j < width; ++j) {\n    level[j] =",
-        "a.blocks = 0;\n  level = block + width;\n  C* lanes = reinterpret_cast<C*>(block);\n"
-        "  for (int64_t k = 1; a.cols == 1 && k < a.width; lanes[k++] = 0) lanes[0] += lanes[k];\n"
-        "  for (int64_t j = 0; j < width; ++j) {\n    level[j] =",
+        "carry(block, block + width, width, a.blocks);",
+        "for (int64_t j = 0; a.blocks != 0 && j < width; ++j) block[j] += block[width + j];\n"
+        "  for (int64_t k = 1; a.cols == 1 && k < a.width; a.levels[k++] = 0) a.levels[0] += a.levels[k];\n"
+        "  carry(block, block + width, width, a.blocks = 0);",
     ),
     _worker(
         "the factors of another strip",
@@ -198,8 +198,8 @@ MUTANTS = (
     _sums("the last turn of a block", "lanes[k][j] += terms[k];", "lanes[k][j] = terms[k];"),
     _sums(
         "a block is carried once",
-        "bits = blocks; bits & 1; bits >>= 1, level += kP",
-        "bits = blocks & 1; bits; bits = 0, level += kP",
+        "bits = blocks; bits & 1; bits >>= 1, level += width",
+        "bits = blocks & 1; bits; bits = 0, level += width",
     ),
     # the update
     _updates(

@@ -8,8 +8,8 @@
 namespace fastwrs::cpu {
 inline namespace FASTWRS_ISA {
 
-// Of a rule with a gate: states, and what the gate's sums are made of. kSum: these are made here, of
-// a whole row; else their terms are left in scratch.
+// Of a rule with a gate: states, and what the gate's sums are made of. kSum: these are made here, of a
+// whole row; else their terms are left in scratch.
 template <class Rule, class P, class G, class S, bool kSum>
 inline void advance_run(const LookArgs& a) {
   using C = compute_t<P>;

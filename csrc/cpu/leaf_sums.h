@@ -32,19 +32,22 @@ struct VectorOf {
 template <class C>
 using Sixteen = VectorOf<C, 16>;
 
-// The open block becomes part of the cascade: equal numbers of blocks are added to each other, as in binary counting.
+// A block becomes part of the cascade behind so many others: equal numbers of them are added to each other, as in
+// binary counting.
+template <class Lane>
+inline void carry(Lane* __restrict block, Lane* __restrict level, int64_t width, int64_t blocks) {
+  for (int64_t bits = blocks; bits & 1; bits >>= 1, level += width) {
+    for (int64_t j = 0; j < width; ++j) block[j] += level[j];
+  }
+  for (int64_t j = 0; j < width; ++j) level[j] = block[j];
+}
+
 template <class Lane, class C>
 inline void close_block(Accumulator<C>& a) {
   const int64_t width = a.width * int64_t(sizeof(C)) / int64_t(sizeof(Lane));
-  Lane* __restrict block = reinterpret_cast<Lane*>(a.levels);
-  Lane* __restrict level = block + width;
-  for (int64_t bits = a.blocks; bits & 1; bits >>= 1, level += width) {
-    for (int64_t j = 0; j < width; ++j) block[j] += level[j];
-  }
-  for (int64_t j = 0; j < width; ++j) {
-    level[j] = block[j];
-    block[j] = Lane{};
-  }
+  Lane* block = reinterpret_cast<Lane*>(a.levels);
+  carry(block, block + width, width, a.blocks);
+  for (int64_t j = 0; j < width; ++j) block[j] = Lane{};
   ++a.blocks;
   a.turns = 0;
 }
@@ -213,11 +216,7 @@ inline void sum_row(int64_t n, void* const* levels, C* sums, const Ask& ask, con
     }
     if (end - begin < kBlock) break;
     for (int k = 0; k < kSets; ++k) {
-      Wide *block = reinterpret_cast<Wide*>(lanes[k]), *level = static_cast<Wide*>(levels[k]);
-      for (int64_t bits = blocks; bits & 1; bits >>= 1, level += kParts) {
-        for (int64_t part = 0; part < kParts; ++part) block[part] += level[part];
-      }
-      for (int64_t part = 0; part < kParts; ++part) level[part] = block[part];
+      carry(reinterpret_cast<Wide*>(lanes[k]), static_cast<Wide*>(levels[k]), kParts, blocks);
     }
   }
   add(whole, n - whole);
