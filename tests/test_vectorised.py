@@ -24,7 +24,7 @@ OF_MANY = re.compile(r"v?(?:mul|add|sub|div|sqrt)p[sd] ")
 OF_ONE = re.compile(r"v?(?:mul|add|sub|div|sqrt)s[sd] |v?p(?:extr|insr)[bw] |mov[zs][bw][lq] |vinsertps ")
 WIDEST = {"avx512": "%zmm", "avx2": "%ymm"}
 SUMMING = re.compile(r"cpu::(avx\w+)::.*(row<|advance<|distances_from_origin<)")
-# Bits of bfloat16 states are blended with those of momentum buffers that stay, which AVX2 has no masks for.
+# SGDP, all in bfloat16, measured: a buffer that may stay as it is, and AVX2 has no masked stores of 16 bits.
 KNOWN = {"avx2": 1}
 
 
