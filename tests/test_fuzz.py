@@ -227,3 +227,12 @@ def test_norms_in_fp64_are_rounded_by_the_truth_too() -> None:
     steps = Step((Grad("plain", "c"),), 0, None, 1.0, False), Step((Grad("zero", "c"),), 0, None, None, False)
     rescaled: dict[str, Any] = {"rescale": fastwrs.Rescale(target=5.781), "shrink": None}
     live(Life("SGD", {}, (Group((weight, small), rescaled),), steps, named=False, state_dtype=None))
+
+
+def test_factors_of_few_digits_are_luck() -> None:
+    """Found by 20,000 lives from seed 24112026: 2.3 ulps, where a bf16 gradient times such a factor loses nothing."""
+    sparse = Weight((3, 3), "float32", "bfloat16", "c", "sparse", 1.0)
+    small = Weight((3,), "float32", None, "c", "plain", 1.0)
+    options = {"betas": (Scalar(0.5), Scalar(0.5)), "eps": 1e-8, "lr": 0.05, "weight_decay": 0.0}
+    steps = tuple(Step((Grad(data, "c"),), 0, None, None, False) for data in ("large", "plain", "plain"))
+    live(Life("AdamW", options, (Group((sparse, small), {}),), steps, named=False, state_dtype=None))
