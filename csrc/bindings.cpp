@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings_kept.h"
 #include "bindings_tensors.h"
 #include "cpu/engine.h"
 #include "cpu/leaves.h"
@@ -49,7 +50,8 @@ cpu::Threads torch_threads() {
 
 struct StepArgs {
   std::string rule;
-  Handles params, grads, states, steps;
+  Handles params, grads, given_states, given_steps;
+  KeptList kept_states, kept_steps;
   std::vector<double> hyper;
   std::vector<int64_t> groups, axes, fresh;
   Handles lrs;
@@ -60,8 +62,8 @@ struct StepArgs {
       : rule(take_string(stack[0])),
         params(take_tensors(stack[1])),
         grads(take_tensors(stack[2])),
-        states(take_tensors(stack[3])),
-        steps(take_tensors(stack[4])),
+        given_states(take_tensors(stack[3])),
+        given_steps(take_tensors(stack[4])),
         hyper(to<std::vector<double>>(stack[5])),
         groups(to<std::vector<int64_t>>(stack[6])),
         axes(to<std::vector<int64_t>>(stack[7])),
@@ -72,6 +74,14 @@ struct StepArgs {
         measured(take_optional_tensor(stack[12])),
         workspace(take_optional_tensor(stack[13])),
         dry_run(to<bool>(stack[14])) {}
+
+  const Handles& states() const { return kept_states ? *kept_states : given_states; }
+  const Handles& steps() const { return kept_steps ? *kept_steps : given_steps; }
+  // Lists that are named, where there are any, in the place of those that are given.
+  void find_kept(int64_t number_of_states, int64_t number_of_steps) {
+    kept_states = kept_list(number_of_states, given_states, "states");
+    kept_steps = kept_list(number_of_steps, given_steps, "steps");
+  }
 };
 
 struct ProjectArgs {
@@ -101,6 +111,11 @@ struct ReduceArgs {
         counts(to<std::vector<int64_t>>(stack[1])),
         out(to<AtenTensorHandle>(stack[2])) {}
 };
+struct KeepArgs {
+  Handles tensors;
+
+  explicit KeepArgs(StableIValue* stack) : tensors(take_tensors(stack[0])) {}
+};
 struct TableArgs : StepArgs {
   std::vector<double> constants;
   std::vector<int64_t> sizes;
@@ -123,6 +138,12 @@ void refuse_without_memory(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*
   fail(
       "a tensor among the arguments is a view with the negative bit set, or zeros without memory: resolve_neg() or "
       "clone() gives it memory of its own");
+}
+
+// Keeps a list of tensors that steps write, for these to name it.
+void keep(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
+  if (inputs != 1) fail("fastwrs::keep takes 1 argument, got ", inputs);
+  stack[0] = from(KeptLists::all().keep(KeepArgs(stack).tensors));
 }
 
 // Where the numbers are that a step reads, and which kernels it runs.
@@ -150,7 +171,7 @@ TensorStep tensor_step(const StepArgs& a, int64_t i, int64_t record, const std::
   const int64_t rows = int64_t(a.hyper.size()) / record, row = a.groups[i];
   if (row < 0 || row >= rows) fail("groups[", i, "] = ", row, " but there are ", rows, " records");
   const double* h = a.hyper.data() + row * record;
-  const Facts step = describe(a.steps[i], "steps", i, place);
+  const Facts step = describe(a.steps()[i], "steps", i, place);
   if (step.dims != 0 || step.dtype != Dtype::kFloat32) fail("steps[", i, "] must be a 0-d float32");
   if (kernels == Kernels::kCpu) {
     const float finished = *static_cast<const float*>(step.data);
@@ -177,18 +198,20 @@ bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& j
   job.clear();
   job.rule = cpu::rule_index(a.rule);
   if (job.rule < 0) fail("unknown rule \"", a.rule, "\"");
-  if (int64_t(a.grads.size()) != n || int64_t(a.steps.size()) != n || int64_t(a.groups.size()) != n ||
+  // What is not read need not be handed over.
+  const Handles& grads = a.grads.empty() && !updates(job.rule) ? a.params : a.grads;
+  if (int64_t(grads.size()) != n || int64_t(a.steps().size()) != n || int64_t(a.groups.size()) != n ||
       int64_t(a.axes.size()) != n) {
     fail("grads, steps, groups and axes must have one entry for each of the ", n, " params");
   }
   for (const int64_t i : a.fresh) {
     if (i < 0 || i >= n) fail("fresh names params[", i, "] but there are ", n);
   }
-  if (n == 0 && !a.states.empty()) fail("there are ", a.states.size(), " states for no params");
+  if (n == 0 && !a.states().empty()) fail("there are ", a.states().size(), " states for no params");
   if (n == 0) return false;
-  const int64_t slots = int64_t(a.states.size()) / n, record = kCommon + cpu::rule_hypers(job.rule);
-  if (int64_t(a.states.size()) != slots * n || !cpu::rule_takes_slots(job.rule, slots)) {
-    fail("rule \"", a.rule, "\" cannot have ", a.states.size(), " states for ", n, " params");
+  const int64_t slots = int64_t(a.states().size()) / n, record = kCommon + cpu::rule_hypers(job.rule);
+  if (int64_t(a.states().size()) != slots * n || !cpu::rule_takes_slots(job.rule, slots)) {
+    fail("rule \"", a.rule, "\" cannot have ", a.states().size(), " states for ", n, " params");
   }
   if (a.hyper.empty() || int64_t(a.hyper.size()) % record != 0) {
     fail("hyper must hold records of ", record, " numbers, it holds ", a.hyper.size());
@@ -220,9 +243,10 @@ bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& j
   job.steps.reserve(n);
   int64_t rows = 0;
   for (int64_t i = 0; i < n; ++i) {
-    for (const Handles* list : {&a.params, &a.grads, &a.steps}) list->ahead(i);
-    for (int64_t k = 0; k < slots; ++k) a.states.ahead(k * n + i);
-    const Facts param = describe(a.params[i], "params", i, place), grad = describe(a.grads[i], "grads", i, place);
+    for (const Handles* list : {&a.params, &grads, &a.steps()}) list->ahead(i);
+    for (int64_t k = 0; k < slots; ++k) a.states().ahead(k * n + i);
+    const Facts param = describe(a.params[i], "params", i, place);
+    const Facts grad = &grads == &a.params ? param : describe(grads[i], "grads", i, place);
     check_same_shape(grad, param, "grads", i);
     memory.writes(param, "params", i);
     if (a.grad_scale.get()) memory.writes(grad, "grads", i);
@@ -237,7 +261,7 @@ bool fill_job(const StepArgs& a, const Place& place, Kernels kernels, StepJob& j
     Dtypes dtypes{param.dtype, updates(job.rule) ? grad.dtype : param.dtype,
                   param.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32};
     for (int64_t s = 0; s < slots; ++s) {
-      const Facts state = describe(a.states[s * n + i], "states", s * n + i, place);
+      const Facts state = describe(a.states()[s * n + i], "states", s * n + i, place);
       check_same_shape(state, param, "states", s * n + i);
       if (overlaps(state)) fail("states[", s * n + i, "] overlaps itself in memory");
       if (s > 0 && state.dtype != dtypes.state) fail("states of params[", i, "] have different dtypes");
@@ -280,8 +304,9 @@ StepJob& job_to_fill() {
 }
 
 [[maybe_unused]] void step_on_cpu(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
-  if (inputs != 15) fail("fastwrs::step takes 15 arguments, got ", inputs);
-  const StepArgs a(stack);
+  if (inputs != 17) fail("fastwrs::step takes 17 arguments, got ", inputs);
+  StepArgs a(stack);
+  a.find_kept(to<int64_t>(stack[15]), to<int64_t>(stack[16]));
   StepJob& job = job_to_fill();
   if (!fill_job(a, Place::cpu(), Kernels::kCpu, job) || a.dry_run || job.found_inf.value != 0) return;
   cpu::step(job, torch_threads());
@@ -306,8 +331,9 @@ void* current_stream(const Place& place) {
 }
 
 void step_on_cuda(StableIValue* stack, uint64_t inputs, uint64_t /*outputs*/) {
-  if (inputs != 15) fail("fastwrs::step takes 15 arguments, got ", inputs);
-  const StepArgs a(stack);
+  if (inputs != 17) fail("fastwrs::step takes 17 arguments, got ", inputs);
+  StepArgs a(stack);
+  a.find_kept(to<int64_t>(stack[15]), to<int64_t>(stack[16]));
   const Place place = a.params.empty() ? Place::cpu() : Place::of(a.params[0]);
   StepJob& job = job_to_fill();
   if (!fill_job(a, place, Kernels::kDevice, job)) return;
@@ -492,8 +518,8 @@ STABLE_TORCH_LIBRARY(fastwrs, m) {
   m.def(
       "step(str rule, Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] states, Tensor(d!)[] steps, float[] hyper, "
       "int[] groups, int[] axes, int[] fresh, Tensor[] lrs, Tensor? grad_scale, Tensor? found_inf, Tensor(e!)? "
-      "measured, "
-      "Tensor(f!)? workspace, bool dry_run=False) -> ()");
+      "measured, Tensor(f!)? workspace, bool dry_run=False, int kept_states=0, int kept_steps=0) -> ()");
+  m.def("keep(Tensor[] tensors) -> int");
   m.def(
       "step_plan(str rule, Tensor[] params, Tensor[] grads, Tensor[] states, Tensor[] steps, float[] hyper, int[] "
       "groups, int[] axes, int[] fresh, Tensor[] lrs, Tensor? grad_scale, Tensor? found_inf, Tensor? measured, Tensor? "
@@ -531,18 +557,20 @@ STABLE_TORCH_LIBRARY_IMPL(fastwrs, CUDA, m) {
 }
 #endif
 
-#define FASTWRS_REFUSE(m)                                                       \
-  m.impl("step", &fastwrs::refuse_without_memory<fastwrs::StepArgs>);           \
-  m.impl("step_plan", &fastwrs::refuse_without_memory<fastwrs::StepArgs>);      \
-  m.impl("triton_table", &fastwrs::refuse_without_memory<fastwrs::TableArgs>);  \
-  m.impl("rescale_", &fastwrs::refuse_without_memory<fastwrs::RescaleArgs>);    \
-  m.impl("channel_norms", &fastwrs::refuse_without_memory<fastwrs::NormsArgs>); \
-  m.impl("reduce_measured", &fastwrs::refuse_without_memory<fastwrs::ReduceArgs>);
+#define FASTWRS_REFUSE(m)                                                          \
+  m.impl("step", &fastwrs::refuse_without_memory<fastwrs::StepArgs>);              \
+  m.impl("step_plan", &fastwrs::refuse_without_memory<fastwrs::StepArgs>);         \
+  m.impl("triton_table", &fastwrs::refuse_without_memory<fastwrs::TableArgs>);     \
+  m.impl("rescale_", &fastwrs::refuse_without_memory<fastwrs::RescaleArgs>);       \
+  m.impl("channel_norms", &fastwrs::refuse_without_memory<fastwrs::NormsArgs>);    \
+  m.impl("reduce_measured", &fastwrs::refuse_without_memory<fastwrs::ReduceArgs>); \
+  m.impl("keep", &fastwrs::refuse_without_memory<fastwrs::KeepArgs>);
 STABLE_TORCH_LIBRARY_IMPL(fastwrs, Negative, m){FASTWRS_REFUSE(m)} STABLE_TORCH_LIBRARY_IMPL(fastwrs, ZeroTensor,
                                                                                              m){FASTWRS_REFUSE(m)}
 #undef FASTWRS_REFUSE
 
 STABLE_TORCH_LIBRARY_IMPL(fastwrs, CompositeExplicitAutograd, m) {
+  m.impl("keep", &fastwrs::keep);
   m.impl("cuda_why_not", &fastwrs::cuda_why_not);
   m.impl("triton_table", &fastwrs::triton_table);
   m.impl("triton_layout", &fastwrs::triton_layout);
@@ -550,9 +578,20 @@ STABLE_TORCH_LIBRARY_IMPL(fastwrs, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", &fastwrs::cpu_isa);
 }
 
-// Importing the module loads the library; the ops above are all that it has.
+// Importing the module loads the library and with it the ops above. The end of a list that is kept is no op: it comes
+// when Python frees an object, which may be while somebody traces the ops of something else.
+extern "C" PyObject* fastwrs_forget(PyObject* /*module*/, PyObject* number) {
+  const long long kept = PyLong_AsLongLong(number);
+  if (PyErr_Occurred()) return nullptr;
+  fastwrs::KeptLists::all().forget(kept);
+  Py_RETURN_NONE;
+}
+
 extern "C" PyMODINIT_FUNC PyInit__C() {
+  static PyMethodDef methods[] = {
+      {"forget", &fastwrs_forget, METH_O, "Ends a list that torch.ops.fastwrs.keep has made."},
+      {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

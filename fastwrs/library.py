@@ -54,6 +54,14 @@ def load() -> None:
         raise RuntimeError(f"fastwrs: {reason}")
 
 
+def forget(number: int) -> None:
+    """Ends a list that ``torch.ops.fastwrs.keep`` has made; nothing if that has been done.
+
+    No op: it is called when Python frees an object, which may be while somebody traces ops.
+    """
+    importlib.import_module("fastwrs._C").forget(number)
+
+
 def cpu_features() -> tuple[str, ...]:
     """The instruction sets that the extension has code for and this processor runs, the best last."""
     load()

@@ -58,13 +58,15 @@ class StepCall:
     found_inf: Tensor | None = None
     measured: Tensor | None = None
     workspace: Tensor | None = None
+    kept: dict[str, Any] | None = None
+    """No argument: where a backend keeps what it has of these lists, for the next call of the same bundle."""
 
     def arguments(self) -> tuple[object, ...]:
         """In the order of the op, which is that of the fields."""
-        return _all_fields(self)
+        return _all_arguments(self)
 
 
-_all_fields = attrgetter(*(field.name for field in fields(StepCall)))
+_all_arguments = attrgetter(*(field.name for field in fields(StepCall) if field.name != "kept"))
 
 
 @dataclass(slots=True)
@@ -88,6 +90,8 @@ class Bundle:
     ndims: list[int] = field(default_factory=list)
     rows: dict[int, Any] = field(default_factory=dict)
     """By the scope of what is measured, whose rows these are: kept here, for they hold as long as a bundle."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """What the backend keeps of the lists that it is given."""
 
     def gather(self, unscaling: bool = False) -> tuple[list[Tensor], ...] | None:
         """The parameters, gradients, states (slot-major) and steps as they are now, for a kernel.

@@ -22,8 +22,11 @@ from torch import Tensor
 
 import fastwrs
 from fastwrs import library
+from fastwrs.library import forget
 
 OP_NAMES = ["step", "step_plan", "triton_table", "triton_step", "rescale_", "channel_norms", "reduce_measured"]
+KEEPING = ["keep"]
+"""It makes a list that a step names, and looks at no tensor."""
 WITHOUT_ARGUMENTS = ["cuda_why_not", "triton_layout", "rules", "cpu_isa"]
 CASES = [case for case in select(600) if 1 <= len(case.tensors) <= 4]
 TABLE_WORDS, SIZES = 4000, [256, 8, 16, 64]
@@ -54,12 +57,16 @@ def on_device() -> bool:
 
 @dataclass
 class Entry:
-    """A call that is to be made: the arguments by name, and whether one of them makes it a call that has to fail."""
+    """A call that is to be made: the arguments by name, and whether one of them makes it a call that has to fail.
+
+    The lists of these names are ``kept``: handed over before, for the call to name them.
+    """
 
     op: str
     args: dict[str, Any]
     wrong: bool = False
     said: str = ""
+    kept: tuple[str, ...] = ()
 
     @property
     def schema(self) -> Any:
@@ -76,7 +83,15 @@ class Entry:
             yield from ((name, item) for item in (value if isinstance(value, list) else [value]) if is_tensor(item))
 
     def make(self) -> None:
-        getattr(torch.ops.fastwrs, self.op)(*self.args.values())
+        args, numbers = dict(self.args), []
+        try:
+            for name in self.kept:
+                numbers.append(torch.ops.fastwrs.keep(args[name]))
+                args |= {name: [], f"kept_{name}": numbers[-1]}
+            getattr(torch.ops.fastwrs, self.op)(*args.values())
+        finally:
+            for number in numbers:
+                forget(number)
 
 
 def is_tensor(value: object) -> bool:
@@ -84,7 +99,7 @@ def is_tensor(value: object) -> bool:
 
 
 def valid(op: str, rng: random.Random, case: Any = None) -> Entry:
-    """A call that is as it should be."""
+    """A call that is as it should be; of this case, nothing is kept for it."""
     call = (case or rng.choice(CASES)).build()
     counts = [group_count(tensor) for tensor in call.case.tensors]
     args: list[Any] = [*call.args(), False]
@@ -110,8 +125,12 @@ def valid(op: str, rng: random.Random, case: Any = None) -> Entry:
         args[13] = torch.zeros(20_000)
     elif rng.random() < 0.1:
         args[-1] = True
+    named: tuple[str, ...] = ()
+    if op == "step":
+        args += [0, 0]
+        named = () if case else rng.choice([(), (), (), ("states",), ("steps",), ("states", "steps")])
     names = [argument.name for argument in getattr(torch.ops.fastwrs, op).default._schema.arguments]
-    return Entry(op, dict(zip(names, args, strict=True)))
+    return Entry(op, dict(zip(names, args, strict=True)), said="; kept ".join(("", *named)), kept=named)
 
 
 # ---- what a tensor may have become ----------------------------------------------------------------------------------
@@ -244,6 +263,10 @@ def change(entry: Entry, name: str, rng: random.Random) -> None:
         entry.said += f"; {name} = {entry.args[name]!r}"
     elif isinstance(value, bool):
         entry.args[name] = not value
+    elif isinstance(value, int):
+        entry.args[name] = rng.choice([number for number in INTEGERS if number])
+        entry.said += f"; {name} = {entry.args[name]!r}"
+        entry.wrong |= not entry.kept  # a list is given too
     else:
         entry.args[name] = rng.choice(NUMBERS)
         entry.said += f"; {name} = {entry.args[name]!r}"
@@ -301,7 +324,8 @@ def mutated(rng: random.Random) -> Entry:
     for name in rng.sample(names, min(len(names), rng.choice([1, 1, 1, 2, 3]))):
         change(entry, name, rng)
     of_one_length = ("params", "grads", "steps", "groups", "axes") if "params" in entry.args else ("tensors", "axes")
-    entry.wrong |= len({len(entry.args[name]) for name in of_one_length if name in entry.args}) > 1
+    unread = {"grads"} if entry.args.get("rule") == "project" and not entry.args["grads"] else set()
+    entry.wrong |= len({len(entry.args[name]) for name in {*of_one_length} - unread if name in entry.args}) > 1
     return entry
 
 
@@ -345,7 +369,7 @@ def may_change(entry: Entry, memory: dict[int, Tensor]) -> tuple[dict[int, Tenso
 def names_what_is_wrong(entry: Entry, error: Exception) -> bool:
     """An error of ours names the argument, one of torch's the op; and the fakes say what devices there are."""
     text, names = str(error), "|".join([*entry.args, "rule", "tensor", "record"])
-    return bool(re.search(rf"^fastwrs: .*({names})|fastwrs::{entry.op}|all tensors must be on one device", text))
+    return bool(re.search(rf"^fastwrs: .*({names})|fastwrs::({entry.op}|keep)|all tensors must be on one device", text))
 
 
 def fault(entry: Entry) -> str | None:

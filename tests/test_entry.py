@@ -7,8 +7,10 @@ been, have names here.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +20,8 @@ import torch
 from cases import DTYPES, Case, TensorCase
 from entry import Entry
 from torch import Tensor
+
+from fastwrs.library import forget
 
 pytestmark = [pytest.mark.cpu, pytest.mark.bad_input]
 
@@ -46,7 +50,7 @@ def ones(*shape: int) -> Tensor:
 
 
 def test_every_entry_is_called() -> None:
-    assert entries.registered() == sorted([*entries.OP_NAMES, *entries.WITHOUT_ARGUMENTS])
+    assert entries.registered() == sorted([*entries.OP_NAMES, *entries.KEEPING, *entries.WITHOUT_ARGUMENTS])
     for name in entries.WITHOUT_ARGUMENTS:
         assert isinstance(getattr(torch.ops.fastwrs, name)(), str)
         with pytest.raises(RuntimeError, match=f"fastwrs::{name}"):
@@ -135,6 +139,7 @@ def repeated_cube(args: dict[str, Any]) -> None:
 
 MALFORMED: list[tuple[str, tuple[str, ...], Change, str]] = [
     ("lengths", STEPS, lambda args: args["grads"].pop(), "one entry for each of the 2 params"),
+    ("no gradients", STEPS, whole("grads", []), "one entry for each of the 2 params"),
     ("masks are missing", STEPS, whole("axes", [2]), "one entry for each of the 2 params"),
     ("a state is missing", STEPS, lambda args: args["states"].pop(), '"adam" cannot have 3 states for 2 params'),
     ("half a record", STEPS, lambda args: args["hyper"].pop(), "hyper must hold records of 14 numbers"),
@@ -192,6 +197,10 @@ MALFORMED: list[tuple[str, tuple[str, ...], Change, str]] = [
     ("negative buffer", STEPS, whole("measured", negative_buffer((11, 8))), "a view with the negative bit set"),
     ("zeros without memory", STEPS, item("grads", entries.NEVER["zeros without memory"]), "zeros without memory"),
     ("one on another device", STEPS, whole("measured", torch.ones(11, 8, device="meta")), "device|measured"),
+    ("an unknown list of states", ("step",), lambda args: args.update(states=[], kept_states=1 << 40),
+     "kept_states = 1099511627776: no such list is kept"),
+    ("a negative list", ("step",), lambda args: args.update(steps=[], kept_steps=-1), "kept_steps = -1: no such list"),
+    ("a list besides one that is kept", ("step",), whole("kept_steps", 1), "steps must be empty where kept_steps"),
     ("closed table", ("triton_table",),
      lambda args: args.update(table=entries.closed(args["table"])), r"table\[0\] reaches beyond its storage"),
     ("unaligned table", ("triton_table",), unaligned_table, r"table\[0\] is not aligned"),
@@ -301,3 +310,67 @@ def test_neighbours_in_memory_are_no_fault() -> None:
 
 def valid_step() -> Entry:
     return entries.valid("step", random.Random(0), ADAMW)
+
+
+# ---- lists that are kept --------------------------------------------------------------------------------------------
+
+
+def kept(entry: Entry, *names: str) -> Entry:
+    """The call with these lists kept, for as long as the process lives."""
+    args = dict(entry.args)
+    for name in names:
+        args |= {name: [], f"kept_{name}": torch.ops.fastwrs.keep(args[name])}
+    return Entry(entry.op, args)
+
+
+def test_a_kept_list_is_the_list() -> None:
+    given, instead = valid_step(), valid_step()
+    call = kept(instead, "states", "steps")
+    for _ in range(2):
+        given.make()
+        call.make()
+    for name in ("params", "states", "steps"):
+        assert all(torch.equal(*pair) for pair in zip(given.args[name], instead.args[name], strict=True)), name
+
+
+def test_what_is_kept_is_looked_at_in_every_call() -> None:
+    for change, message in (
+        (lambda args: args["states"][3].untyped_storage().resize_(0), r"states\[3\] reaches beyond its storage"),
+        (lambda args: args["states"][0].resize_(4, 3), r"states\[0\] has another shape"),
+        (lambda args: args["steps"][1].resize_(2), r"steps\[1\] must be a 0-d float32"),
+        (lambda args: args["states"][0].set_(args["params"][0]), "share memory"),
+    ):
+        entry = valid_step()
+        call = kept(entry, "states", "steps")
+        call.make()
+        change(entry.args)
+        before = {address: data.clone() for address, data in entries.storages(entry).items()}
+        with pytest.raises(RuntimeError, match=message):
+            call.make()
+        assert all(torch.equal(data, before[address]) for address, data in entries.storages(entry).items())
+
+
+def test_a_list_is_kept_until_it_is_forgotten() -> None:
+    tensor = ones(2)
+    alive = weakref.ref(tensor)
+    number = torch.ops.fastwrs.keep([tensor])
+    del tensor
+    gc.collect()
+    assert alive() is not None
+    for _ in range(2):  # of one that is gone nothing is left to forget
+        forget(number)
+        assert alive() is None
+    entry = Entry("step", valid_step().args | {"steps": [], "kept_steps": number})
+    with pytest.raises(RuntimeError, match=f"kept_steps = {number}: no such list is kept"):
+        entry.make()
+
+
+def test_a_list_has_a_whole_number() -> None:
+    for wrong, error in ((1 << 64, OverflowError), ("1", TypeError), (None, TypeError)):
+        with pytest.raises(error):
+            forget(wrong)  # type: ignore[arg-type]
+
+
+def test_a_view_with_the_negative_bit_is_not_kept() -> None:
+    with pytest.raises(RuntimeError, match="a view with the negative bit set"):
+        torch.ops.fastwrs.keep([ones(2), negative_buffer((2,))])

@@ -484,44 +484,44 @@ class Worker {
     return !call.look_at || g.channel_inner % g.unit_size() == 0;
   }
 
-  // The usual work by itself: rows are updated and summed in one loop, in which an earlier row is scaled: the one
-  // before the last, since the factor of the last one takes a root and a division that nothing should wait for. The
-  // same bits as by `tile`.
+  // The usual work by itself: rows are updated and summed in one loop, in which an earlier row is scaled. A factor
+  // takes a root and a division that nothing should wait for: in place, that of a row is made when the next one has
+  // been summed, and used in the loop over the one after. The same bits as by `tile`.
   void take_rows(const Call<P>& call, const Work<C>& w, int64_t begin, int64_t end) {
     const TensorPlan& p = w.plan;
     const int64_t size = p.geometry.unit_size();
-    const Cursor first = cursor(call, w, begin * size);
-    const bool scales = p.scales(), scales_later = kInPlace && scales;
-    C sums[kSums];
-    UpdateArgs args = arguments(call, w, first, size, kInPlace ? reinterpret_cast<C*>(first.array[0]) : staged_.data());
-    args.sums = sums;
+    UpdateArgs args = arguments(call, w, cursor(call, w, begin * size), size, staged_.data());
     args.measures = p.wants[kGrad];
     for (int k = 0; k < kSums; ++k) args.levels[k] = levels_[k];
-    struct {
-      C *row, factor;
-    } last = {nullptr, 1}, before = {nullptr, 1};
+    C sums[2][kSums], factor = 1, *last = nullptr, *behind = nullptr;  // of the last two rows; the factor of `behind`
+    const auto factor_of = [&](int64_t row) {
+      if (!args.measures) return projection_factor(p.projection, C(0), square_root(sums[row & 1][0]));
+      for (int k = 0; k < kSums; ++k) sums_[k][0] = sums[row & 1][k];
+      conclude(call, w, row, 1, 0, &factor);
+      return factor;
+    };
     for (int64_t row = begin; row < end; ++row) {
-      args.behind = before.row;
-      args.behind_factor = before.factor;
+      if (kInPlace) args.updated = args.param;
+      args.sums = sums[row & 1];
+      args.behind = behind;
+      args.behind_factor = factor;
       if (call.look_at) ask(call, w, row * size, args);
       call.rows(args);
-      for (int k = 0; args.measures && k < kSums; ++k) sums_[k][0] = sums[k];
-      if (!args.measures) sums_[kUpdated][0] = sums[0];
-      before = last;
-      conclude(call, w, row, 1, 0, &last.factor);
-      C* updated = static_cast<C*>(args.updated);
-      if (scales_later) {
-        last.row = updated;
-      } else if (!kInPlace) {
-        P* param = static_cast<P*>(args.param);
-        scales ? call.store.scale(updated, param, size, last.factor) : call.store.narrow(updated, param, size);
+      if (kInPlace) {
+        if (row > begin) factor = factor_of(row - 1);
+        behind = last;
+        last = p.scales() ? static_cast<C*>(args.updated) : nullptr;
+      } else {
+        factor = factor_of(row);
+        P* out = static_cast<P*>(args.param);
+        p.scales() ? call.store.scale(staged_.data(), out, size, factor) : call.store.narrow(staged_.data(), out, size);
       }
-      if (kInPlace) args.updated = updated + size;
       step_over(call, w, size, args);
     }
-    for (const auto& left : {before, last}) {
-      if (left.row) call.store.scale(left.row, reinterpret_cast<P*>(left.row), size, left.factor);
-    }
+    if (!kInPlace || begin == end) return;
+    if (behind) call.store.scale(behind, reinterpret_cast<P*>(behind), size, factor);
+    factor = factor_of(end - 1);
+    if (last) call.store.scale(last, reinterpret_cast<P*>(last), size, factor);
   }
   // From a row to the next one, in arguments of either pass.
   template <class Args>

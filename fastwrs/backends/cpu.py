@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastwrs import library
+from fastwrs.backends import kept
 from fastwrs.plan import StepCall
 from fastwrs.spec import DTYPE_TRIPLES
 
@@ -26,7 +27,11 @@ def why_not(device_type: str | None = None, dtypes: tuple[str, str, str] | None 
 
 def step(call: StepCall, dry_run: bool = False) -> None:
     """One step of every tensor in the call: all of them, or on an error none."""
-    torch.ops.fastwrs.step(*call.arguments(), dry_run)
+    grads = [] if call.grads is call.params else call.grads  # it updates nothing
+    states, kept_states = kept.handed_over("states", call.states, call.kept)
+    steps, kept_steps = kept.handed_over("steps", call.steps, call.kept)
+    lists = call.params, grads, states, steps
+    torch.ops.fastwrs.step(call.rule, *lists, *call.arguments()[len(lists) + 1 :], dry_run, kept_states, kept_steps)
 
 
 def rescale_(tensors: list[Tensor], axes: list[int], target: float) -> None:

@@ -153,7 +153,8 @@ def _prepare(call: StepCall, walk: bool) -> _Launches:
 
     assert call.workspace is not None
     slots = len(call.states) // len(call.params)
-    param, grad = name_of(call.params[0].dtype), name_of(call.grads[0].dtype)
+    param = name_of(call.params[0].dtype)
+    grad = name_of(call.grads[0].dtype) if call.grads else param  # whether there may be none is looked at in C++
     without = "float64" if param == "float64" else "float32"
     dtypes = param, grad, name_of(call.states[0].dtype) if slots else without
     variant = launch.Variant(call.rule, slots, dtypes, call.measured is not None, walk)

@@ -156,6 +156,7 @@ class FusedOptimizer(Optimizer):
             for other in others:
                 other.owners, other.owned = plan.owners, plan.owned  # new states are of parameters that idled there
             self._plans = (plan, *others)[:PLANS]
+            plan.created, plan.unused = [], []  # whoever exchanges a state has its memory back
         if refused is not None:
             raise refused
         assert launches is not None
@@ -220,6 +221,7 @@ class FusedOptimizer(Optimizer):
                 on(grad_scale, device),
                 on(found_inf, device),
                 measured=measured,
+                kept=bundle.kept,
             )
             launches.append((bundle, call))
         return launches
