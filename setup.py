@@ -159,7 +159,7 @@ def ninja_file(compiler: str, torch: Path, output: Path) -> str:
         "  deps = gcc",
         "rule link",
         # torch is imported first, so that its library is found by name without a path in the binary
-        f"  command = {compiler} -shared $in {link} -L{in_command(torch / 'lib')} -ltorch_cpu -o $out",
+        f"  command = {compiler} -shared -pthread $in {link} -L{in_command(torch / 'lib')} -ltorch_cpu -o $out",
     ]
     objects = []
     for source in SOURCES:

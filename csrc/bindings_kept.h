@@ -2,6 +2,8 @@
 // than to work on them. Included by bindings.cpp alone.
 #pragma once
 
+#include <pthread.h>
+
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -16,9 +18,12 @@ using KeptList = std::shared_ptr<const Handles>;
 
 class KeptLists {
  public:
-  // Never freed: when a process ends, Python is gone before its tensors.
+  // Never freed: when a process ends, Python is gone before its tensors. A process that is forked while another thread
+  // has the lock would wait for it for ever.
   static KeptLists& all() {
     static KeptLists& lists = *new KeptLists;
+    static const int forks = pthread_atfork([] { all().mutex_.lock(); }, unlock, unlock);
+    (void)forks;
     return lists;
   }
 
@@ -44,6 +49,8 @@ class KeptLists {
   }
 
  private:
+  static void unlock() { all().mutex_.unlock(); }
+
   std::mutex mutex_;
   int64_t last_ = 0;
   std::unordered_map<int64_t, KeptList> lists_;

@@ -7,7 +7,9 @@ import importlib
 import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,12 +56,9 @@ def load() -> None:
         raise RuntimeError(f"fastwrs: {reason}")
 
 
-def forget(number: int) -> None:
-    """Ends a list that ``torch.ops.fastwrs.keep`` has made; nothing if that has been done.
-
-    No op: it is called when Python frees an object, which may be while somebody traces ops.
-    """
-    importlib.import_module("fastwrs._C").forget(number)
+def extension() -> Any:
+    """The module of the extension, once it is loaded."""
+    return sys.modules["fastwrs._C"]
 
 
 def cpu_features() -> tuple[str, ...]:

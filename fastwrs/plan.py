@@ -90,8 +90,8 @@ class Bundle:
     ndims: list[int] = field(default_factory=list)
     rows: dict[int, Any] = field(default_factory=dict)
     """By the scope of what is measured, whose rows these are: kept here, for they hold as long as a bundle."""
-    kept: dict[str, Any] = field(default_factory=dict)
-    """What the backend keeps of the lists that it is given."""
+    kept: dict[str, Any] | None = field(default_factory=dict)
+    """What the backend keeps of the lists that it is given; None if it is to keep nothing."""
 
     def gather(self, unscaling: bool = False) -> tuple[list[Tensor], ...] | None:
         """The parameters, gradients, states (slot-major) and steps as they are now, for a kernel.
@@ -173,6 +173,11 @@ class Plan:
         for mine, key, tensor in self.unused:
             mine[key] = tensor
 
+    def release(self) -> None:
+        """Keeps no tensors for a next step any more, which another plan takes."""
+        for bundle in self.bundles:
+            bundle.kept = None
+
     def signature(self) -> list[Any]:
         """What two plans have in common that would launch the same."""
         return [
@@ -235,6 +240,8 @@ def build(
             if key not in bundles:
                 bundles[key] = Bundle(choose(device.type, triple), slots, device, rule.updates, param.is_complex())
             bundle = bundles[key]
+            if bundle.complex:  # what kernels see of it is made anew for each step
+                bundle.kept = None
             if slots and STEP in mine and mine.get(slots[0]) is None and bool(mine[STEP] > 0):
                 bundle.fresh.append(len(bundle.params))  # momentum was switched on after the first step
             plan.unused += _unused(rule, mine, slots)

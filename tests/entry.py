@@ -22,7 +22,6 @@ from torch import Tensor
 
 import fastwrs
 from fastwrs import library
-from fastwrs.library import forget
 
 OP_NAMES = ["step", "step_plan", "triton_table", "triton_step", "rescale_", "channel_norms", "reduce_measured"]
 KEEPING = ["keep"]
@@ -91,7 +90,7 @@ class Entry:
             getattr(torch.ops.fastwrs, self.op)(*args.values())
         finally:
             for number in numbers:
-                forget(number)
+                library.extension().forget(number)
 
 
 def is_tensor(value: object) -> bool:

@@ -21,7 +21,7 @@ from cases import DTYPES, Case, TensorCase
 from entry import Entry
 from torch import Tensor
 
-from fastwrs.library import forget
+from fastwrs import library
 
 pytestmark = [pytest.mark.cpu, pytest.mark.bad_input]
 
@@ -358,7 +358,7 @@ def test_a_list_is_kept_until_it_is_forgotten() -> None:
     gc.collect()
     assert alive() is not None
     for _ in range(2):  # of one that is gone nothing is left to forget
-        forget(number)
+        library.extension().forget(number)
         assert alive() is None
     entry = Entry("step", valid_step().args | {"steps": [], "kept_steps": number})
     with pytest.raises(RuntimeError, match=f"kept_steps = {number}: no such list is kept"):
@@ -368,7 +368,7 @@ def test_a_list_is_kept_until_it_is_forgotten() -> None:
 def test_a_list_has_a_whole_number() -> None:
     for wrong, error in ((1 << 64, OverflowError), ("1", TypeError), (None, TypeError)):
         with pytest.raises(error):
-            forget(wrong)  # type: ignore[arg-type]
+            library.extension().forget(wrong)
 
 
 def test_a_view_with_the_negative_bit_is_not_kept() -> None:

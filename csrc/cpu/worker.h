@@ -495,10 +495,10 @@ class Worker {
     for (int k = 0; k < kSums; ++k) args.levels[k] = levels_[k];
     C sums[2][kSums], factor = 1, *last = nullptr, *behind = nullptr;  // of the last two rows; the factor of `behind`
     const auto factor_of = [&](int64_t row) {
-      if (!args.measures) return projection_factor(p.projection, C(0), square_root(sums[row & 1][0]));
-      for (int k = 0; k < kSums; ++k) sums_[k][0] = sums[row & 1][k];
-      conclude(call, w, row, 1, 0, &factor);
-      return factor;
+      C found = projection_factor(p.projection, C(0), square_root(sums[row & 1][0]));  // often all that there is to it
+      for (int k = 0; args.measures && k < kSums; ++k) sums_[k][0] = sums[row & 1][k];
+      if (args.measures) conclude(call, w, row, 1, 0, &found);
+      return found;
     };
     for (int64_t row = begin; row < end; ++row) {
       if (kInPlace) args.updated = args.param;

@@ -128,6 +128,8 @@ class FusedOptimizer(Optimizer):
             refused = self._launch(launches)
             if refused is None:
                 if place > 0:
+                    for other in self._plans[:place]:
+                        other.release()
                     self._plans = (plan, *self._others(plan))
                 return launches
             failed, self._plans = plan.signature(), ()
@@ -155,6 +157,7 @@ class FusedOptimizer(Optimizer):
             others = self._others(plan)
             for other in others:
                 other.owners, other.owned = plan.owners, plan.owned  # new states are of parameters that idled there
+                other.release()
             self._plans = (plan, *others)[:PLANS]
             plan.created, plan.unused = [], []  # whoever exchanges a state has its memory back
         if refused is not None:
