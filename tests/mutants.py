@@ -208,7 +208,7 @@ MUTANTS = (
         "C(widen(param[i]));\n      if (i + 1 == a.n) return;\n      C g",
     ),
     _updates("maximize ignored", "const C sign = a.maximize ? C(-1) : C(1)", "const C sign = C(1)"),
-    _worker("a row is scaled by the factor of another", "factor = factor_of(row - 1)", "factor = factor_of(row)"),
+    _worker("a row is scaled by the factor of another", "find_factor(row - 1)", "find_factor(row)"),
     _updates(
         "the unscaled gradient is not written",
         "g = g / grad_scale;\n        grad[i] = narrow(g, G());",

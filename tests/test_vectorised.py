@@ -60,9 +60,7 @@ def loops() -> list[Loop]:
     objdump = shutil.which("objdump")
     assert objdump is not None, "objdump is missing (on Debian: apt-get install binutils)"
     library.load()
-    from fastwrs import _C  # type: ignore[attr-defined]
-
-    command = [objdump, "-d", "-C", "--no-show-raw-insn", "-j", ".text", str(_C.__file__)]
+    command = [objdump, "-d", "-C", "--no-show-raw-insn", "-j", ".text", library.extension().__file__]
     found = []
     for name, body in _functions(subprocess.run(command, capture_output=True, text=True, check=True).stdout):
         summing = SUMMING.search(name)

@@ -494,11 +494,10 @@ class Worker {
     args.measures = p.wants[kGrad];
     for (int k = 0; k < kSums; ++k) args.levels[k] = levels_[k];
     C sums[2][kSums], factor = 1, *last = nullptr, *behind = nullptr;  // of the last two rows; the factor of `behind`
-    const auto factor_of = [&](int64_t row) {
-      C found = projection_factor(p.projection, C(0), square_root(sums[row & 1][0]));  // often all that there is to it
+    const auto find_factor = [&](int64_t row) {
       for (int k = 0; args.measures && k < kSums; ++k) sums_[k][0] = sums[row & 1][k];
-      if (args.measures) conclude(call, w, row, 1, 0, &found);
-      return found;
+      if (args.measures) return conclude(call, w, row, 1, 0, &factor);
+      factor = projection_factor(p.projection, C(0), square_root(sums[row & 1][0]));  // all that is left to conclude
     };
     for (int64_t row = begin; row < end; ++row) {
       if (kInPlace) args.updated = args.param;
@@ -508,11 +507,11 @@ class Worker {
       if (call.look_at) ask(call, w, row * size, args);
       call.rows(args);
       if (kInPlace) {
-        if (row > begin) factor = factor_of(row - 1);
+        if (row > begin) find_factor(row - 1);
         behind = last;
         last = p.scales() ? static_cast<C*>(args.updated) : nullptr;
       } else {
-        factor = factor_of(row);
+        find_factor(row);
         P* out = static_cast<P*>(args.param);
         p.scales() ? call.store.scale(staged_.data(), out, size, factor) : call.store.narrow(staged_.data(), out, size);
       }
@@ -520,7 +519,7 @@ class Worker {
     }
     if (!kInPlace || begin == end) return;
     if (behind) call.store.scale(behind, reinterpret_cast<P*>(behind), size, factor);
-    factor = factor_of(end - 1);
+    find_factor(end - 1);
     if (last) call.store.scale(last, reinterpret_cast<P*>(last), size, factor);
   }
   // From a row to the next one, in arguments of either pass.
